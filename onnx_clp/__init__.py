@@ -1,0 +1,50 @@
+"""onnx-clp: find and silence outlier channels of ONNX models by Channel Lipschitzness (CLP).
+
+    >>> import onnx_clp
+    >>> report = onnx_clp.scan("model.onnx")
+    >>> report.flagged_channels
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onnx_clp._version import __version__
+from onnx_clp.errors import ModelFileError, OnnxClpError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from onnx_clp.sanitize import Check, Left, SanitizeReport, Silenced, sanitize
+    from onnx_clp.scan import Channel, Layer, ScanReport, SkippedPart, scan
+
+__all__ = [
+    "Channel",
+    "Check",
+    "Layer",
+    "Left",
+    "ModelFileError",
+    "OnnxClpError",
+    "SanitizeReport",
+    "ScanReport",
+    "Silenced",
+    "SkippedPart",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "sanitize",
+    "scan",
+]
+
+_SANITIZE = frozenset({"Check", "Left", "SanitizeReport", "Silenced", "sanitize"})
+
+
+def __getattr__(name: str) -> Any:
+    """Import onnx and NumPy only when something that needs them is asked for: ``--version`` must not wait for them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415  # as late as everything else here
+
+    module = import_module("onnx_clp.sanitize" if name in _SANITIZE else "onnx_clp.scan")
+    value = getattr(module, name)
+    # The submodule of the same name was put here by the import; the function is what callers mean.
+    globals()[name] = value
+    return value

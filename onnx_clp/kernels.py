@@ -1,0 +1,110 @@
+"""Survey → bounds: read the kernels one after the other and evaluate the trace's sources in one sweep.
+
+A kernel is in memory only while its own channels are measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_clp.bounds import spectral_norms
+from onnx_clp.model.constants import Constants
+from onnx_clp.model.graph import Node
+from onnx_clp.model.tensors import PayloadError
+from onnx_clp.operators import kernel
+from onnx_clp.sites import Reason, Site, Skipped, Survey
+from onnx_clp.trace import Joined, Picked, Produced, Scaled, Source, Summed, Trace
+
+Bounds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """A site and the bound (UCLC) of each of its channels: float64, shape (channels,)."""
+
+    site: Site
+    bounds: Bounds
+
+
+def measure(survey: Survey, trace: Trace, constants: Constants) -> tuple[tuple[Measured, ...], tuple[Skipped, ...]]:
+    """The bounds of every site, and the sites whose constants turned out to be unreadable."""
+    needed = _needed(survey, trace)
+    results: dict[int, Bounds | PayloadError] = {}
+    for index in sorted(needed):
+        try:
+            results[index] = _evaluate(trace.sources[index], results, constants)
+        except PayloadError as error:
+            results[index] = error
+    measured: list[Measured] = []
+    unreadable: list[Skipped] = []
+    for site in survey.sites:
+        result = results[site.source]
+        if isinstance(result, PayloadError):
+            unreadable.append(Skipped(site.node.name, site.node.op_type, Reason(result.reason), result.message))
+        elif result.shape != (site.channels,):
+            detail = f"{result.size} bounds for {site.channels} channels"
+            unreadable.append(Skipped(site.node.name, site.node.op_type, Reason.SHAPE, detail))
+        else:
+            measured.append(Measured(site, result))
+    return tuple(measured), tuple(unreadable)
+
+
+def _needed(survey: Survey, trace: Trace) -> set[int]:
+    """The sources that the sites are built of."""
+    needed: set[int] = set()
+    pending = [site.source for site in survey.sites]
+    while pending:
+        index = pending.pop()
+        if index not in needed:
+            needed.add(index)
+            part = trace.sources[index]
+            if isinstance(part, Summed | Joined):
+                pending += part.sources
+            elif not isinstance(part, Produced):
+                pending.append(part.source)
+    return needed
+
+
+def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants: Constants) -> Bounds:
+    """The bounds of one source, given those of the sources before it."""
+
+    def of(index: int) -> Bounds:
+        result = results[index]
+        if isinstance(result, PayloadError):
+            raise result
+        return result
+
+    with np.errstate(all="ignore"):  # Inf and NaN are findings, not warnings
+        if isinstance(part, Produced):
+            return spectral_norms(kernel(part.node, constants))
+        if isinstance(part, Scaled):
+            return of(part.source) * _factors(part, of(part.source).size, constants)
+        if isinstance(part, Summed):
+            return np.sqrt(np.sum([np.square(of(index)) for index in part.sources], axis=0))
+        if isinstance(part, Joined):
+            return np.concatenate([of(index) for index in part.sources])
+        return of(part.source)[part.indices]
+
+
+def _factors(part: Scaled, channels: int, constants: Constants) -> Bounds:
+    """|γ|/√(var + ε) of a BatchNormalization, or the largest |constant| of each channel."""
+    node = part.node
+    if node.op_type == "BatchNormalization":
+        return normalisation_factors(node, constants)
+    factor = np.abs(constants.array(part.constant).astype(np.float64))
+    if part.divides:
+        factor = 1 / factor
+    if part.axis == 0:
+        return np.full(channels, factor.reshape(()))
+    channel_axis = factor.ndim + part.axis
+    return factor.max(axis=tuple(axis for axis in range(factor.ndim) if axis != channel_axis))
+
+
+def normalisation_factors(node: Node, constants: Constants) -> Bounds:
+    """|γ_k| / √(var_k + ε) of the BatchNormalization ``node``, float64, shape (channels,); NaN where var + ε < 0."""
+    gamma, variance = (constants.array(node.inputs[position]).astype(np.float64) for position in (1, 4))
+    with np.errstate(all="ignore"):
+        return np.asarray(np.abs(gamma) / np.sqrt(variance + node.number("epsilon", 1e-5)))

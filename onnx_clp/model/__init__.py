@@ -1,0 +1,1 @@
+"""The file, its graph and its bytes."""

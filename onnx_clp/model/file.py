@@ -1,0 +1,158 @@
+"""Open an ONNX file: path → ModelFile. The graph is read whole, the weights stay on disk until they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from onnx_clp.errors import ModelFileError, OnnxClpError
+from onnx_clp.model.wire import ByteSource, Layout, Payload, walk
+
+SKELETON_LIMIT: Final = 1 << 31
+"""Protobuf reads no message of 2 GiB or more."""
+
+_FOREIGN: Final = (
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the model itself with `git lfs pull`"),
+    (b"\x00\x05\x16\x07", "an AppleDouble file, which macOS puts beside the real one", "scan the file without the `._`"),
+    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint or a TorchScript file is one)", "export the model to ONNX"),
+    (b"\x80\x02", "a Python pickle", "export the model to ONNX; do not load pickles from strangers"),
+    (b"\x89HDF", "an HDF5 file (Keras)", "convert the model to ONNX"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"<", "a text or HTML file", "download the model itself"),
+    (b"{", "a JSON file", "convert it to the binary ONNX format"),
+)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """An external data file that was opened: its name in the model, and the open file."""
+
+    location: str
+    source: ByteSource
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An open ONNX file.
+
+    ``proto`` is the model without its payloads: a tensor's ``raw_data`` holds the ticket of its payload in ``layout``
+    and a node's ``doc_string`` that of its place.
+    """
+
+    path: Path
+    source: ByteSource
+    proto: onnx.ModelProto
+    layout: Layout
+    allow_roots: tuple[Path, ...] = ()
+    _data: dict[str, DataFile | str] = field(default_factory=dict, repr=False)
+
+    def payload(self, tensor: onnx.TensorProto) -> Payload | None:
+        """Where the elements of ``tensor`` lie in the model file; None where the file holds none."""
+        return self.layout.payloads[int.from_bytes(tensor.raw_data, "little")] if tensor.raw_data else None
+
+    def data_file(self, location: str) -> DataFile:
+        """The external data file that the model calls ``location``; raises ModelFileError where it is refused."""
+        known = self._data.get(location)
+        if known is None:
+            try:
+                known = DataFile(location, ByteSource(self._contained(location)))
+            except OnnxClpError as error:
+                known = error.message
+            self._data[location] = known
+        if isinstance(known, str):
+            raise ModelFileError(known)
+        return known
+
+    def data_files(self) -> tuple[DataFile, ...]:
+        """The external data files opened so far, by location."""
+        opened = (known for known in self._data.values() if isinstance(known, DataFile))
+        return tuple(sorted(opened, key=lambda data: data.location))
+
+    def _contained(self, location: str) -> Path:
+        """The real path of ``location``, which must lie under the folder of the model or another allowed root."""
+        if not location or "\0" in location:
+            raise ModelFileError("external data without a usable file name")
+        folder = self.path.parent
+        try:
+            target = (folder / location).resolve()
+        except (OSError, RuntimeError) as error:
+            raise ModelFileError(f"external data {location!r} cannot be resolved") from error
+        if not any(target.is_relative_to(root) for root in (*_roots(folder), *self.allow_roots)):
+            raise ModelFileError(f"external data {location!r} lies outside the folder of the model")
+        if not target.exists():
+            raise ModelFileError(f"external data file {location!r} is missing")
+        return target
+
+    def close(self) -> None:
+        """Close the file and its data files."""
+        self.source.close()
+        for data in self.data_files():
+            data.source.close()
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _roots(folder: Path) -> Iterator[Path]:
+    """Where external data of a model in ``folder`` may lie."""
+    yield folder.resolve()
+    # A Hugging Face cache holds models--name/snapshots/revision/… as links into models--name/blobs.
+    for ancestor in folder.absolute().parents:
+        if ancestor.name == "snapshots" and ancestor.parent.name.startswith("models--"):
+            yield (ancestor.parent / "blobs").resolve()
+            return
+
+
+def open_model(path: Path, allow_roots: tuple[Path, ...] = ()) -> ModelFile:
+    """Open the ONNX file at ``path``.
+
+    Args:
+        path: The file.
+        allow_roots: Folders, besides that of the model, that external data may be read from.
+
+    Raises:
+        ModelFileError: The file is missing, unreadable, empty, truncated, corrupt, or no ONNX model.
+    """
+    source = ByteSource(path)
+    try:
+        head = source.read(0, min(64, source.size))
+        _refuse_foreign(path, head)
+        skeleton, layout = walk(source)
+        if len(skeleton) >= SKELETON_LIMIT:
+            raise ModelFileError(f"{path} holds 2 GiB or more besides its weights, which protobuf cannot read")
+        try:
+            proto = onnx.ModelProto.FromString(skeleton)
+        except DecodeError as error:
+            raise ModelFileError(
+                f"{path} is not a readable ONNX model: protobuf refuses it",
+                "the file is truncated, corrupt, or of another format",
+            ) from error
+        if not proto.HasField("graph"):
+            raise ModelFileError(
+                f"{path} is not an ONNX model: it holds no graph", "the file is truncated or of another format"
+            )
+    except BaseException:
+        source.close()
+        raise
+    return ModelFile(path, source, proto, layout, tuple(root.resolve() for root in allow_roots))
+
+
+def _refuse_foreign(path: Path, head: bytes) -> None:
+    """Raise ModelFileError where the first bytes are those of another well-known format."""
+    if not head:
+        raise ModelFileError(f"{path} is empty", "fetch the file again")
+    if head[4:8] == b"ORTM":
+        raise ModelFileError(f"{path} is an ORT format model", "scan the .onnx file that it was made from")
+    if head[4:8] == b"TFL3":
+        raise ModelFileError(f"{path} is a TensorFlow Lite model", "convert the model to ONNX")
+    for magic, what, advice in _FOREIGN:
+        if head.startswith(magic):
+            raise ModelFileError(f"{path} is not an ONNX model but {what}", advice)

@@ -1,0 +1,441 @@
+"""The protobuf wire format of an ONNX file: walked once without its payloads, and rewritten byte by byte.
+
+Protobuf (https://protobuf.dev/programming-guides/encoding) writes a message as fields, each a varint tag
+(``number << 3 | wire type``) and a value; a value of wire type 2 is a varint length and that many bytes, and messages
+nest that way. The walk makes two things of a file:
+
+* the *skeleton*: the same message with the payload of every tensor cut out and a *ticket* put in its place
+  (the tensor's ``raw_data``; for a node its ``doc_string``), small enough to be parsed by protobuf as a whole;
+* the *layout*: where each payload and each node lies in the file, found by its ticket.
+
+Tickets survive what protobuf does to a message: repeated fields are joined, singular messages are merged.
+A rewrite is a set of edits; the lengths of the messages around an edit that changes its size are edited too.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from onnx_clp.errors import ModelFileError
+
+WINDOW: Final = 1 << 16
+"""Bytes read at once while walking: large enough that nodes come whole, small beside a payload that is jumped over."""
+
+DEPTH_LIMIT: Final = 100
+"""Protobuf's own limit on nested messages; onnx and onnxruntime refuse what lies deeper."""
+
+VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = range(6)
+
+# onnx.proto's field numbers, as far as the walk has to know them.
+MODEL_GRAPH, MODEL_METADATA, MODEL_TRAINING, MODEL_FUNCTION = 7, 14, 20, 25
+NODE_INPUT, NODE_DOC = 1, 6
+FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA = 4, 5, 7, 9, 10, 11
+EXTERNAL_DATA: Final = 13
+PAYLOAD_FIELDS: Final = frozenset({FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA})
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A message type: which of its fields hold messages that the walk descends into."""
+
+    name: str
+    children: Mapping[int, str]
+    singular: frozenset[int] = frozenset()
+
+
+_KINDS: Final = MappingProxyType(
+    {
+        kind.name: kind
+        for kind in (
+            _Kind("ModelProto", {MODEL_GRAPH: "GraphProto", MODEL_FUNCTION: "FunctionProto"}),
+            _Kind("GraphProto", {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"}),
+            _Kind("FunctionProto", {7: "NodeProto", 11: "AttributeProto"}),
+            _Kind("NodeProto", {5: "AttributeProto"}),
+            _Kind(
+                "AttributeProto",
+                {
+                    5: "TensorProto",
+                    6: "GraphProto",
+                    10: "TensorProto",
+                    11: "GraphProto",
+                    22: "SparseTensorProto",
+                    23: "SparseTensorProto",
+                },
+                singular=frozenset({5}),
+            ),
+            _Kind("SparseTensorProto", {1: "TensorProto", 2: "TensorProto"}, singular=frozenset({1, 2})),
+            _Kind("TensorProto", {}),
+        )
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes ``start`` (included) to ``end`` (excluded) of a file."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A nested message in the file: where its length stands and where its body lies."""
+
+    length: Span
+    body: Span
+
+
+@dataclass(slots=True)
+class Payload:
+    """Where the elements of one tensor lie in the model file.
+
+    ``raw`` is the content of the last ``raw_data``; ``typed`` are whole fields (tag included) of ``float_data``,
+    ``int32_data`` …, by field number, in file order; ``packed`` are their contents where they are packed.
+    ``external`` are the ``external_data`` entries, whole fields, with the messages around them.
+    """
+
+    raw: Span | None = None
+    typed: list[tuple[int, Span]] = field(default_factory=list)
+    packed: list[Span] = field(default_factory=list)
+    external: list[tuple[Span, tuple[Message, ...]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLayout:
+    """Where one node lies: its whole field, its inputs (whole fields), and the messages around it, outermost first."""
+
+    field: Span
+    message: Message
+    inputs: tuple[Span, ...]
+    enclosing: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things lie in a model file. Payloads and nodes are found by their tickets."""
+
+    payloads: tuple[Payload, ...]
+    nodes: tuple[NodeLayout, ...]
+    metadata: tuple[Span, ...]
+    """The ``metadata_props`` entries of the model, whole fields, in file order."""
+
+
+class ByteSource:
+    """A regular file held open, read by position.
+
+    Reading by position rather than through a memory map means that a file cut short by somebody else
+    while it is read gives an error and not a bus fault.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``; raises ModelFileError where it is missing, unreadable, or no regular file."""
+        try:
+            # O_NONBLOCK: opening a FIFO that nobody writes to must not hang.
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ModelFileError(f"cannot open {path}: {reason}") from error
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._descriptor)
+            raise ModelFileError(f"{path} is not a regular file")
+        self.path = path
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino)
+        self._modified = status.st_mtime_ns
+
+    def read(self, start: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``start``; raises ModelFileError where the file is shorter."""
+        pieces = []
+        while length > 0:
+            # One system call transfers at most about 2 GiB.
+            piece = os.pread(self._descriptor, min(length, 1 << 30), start)
+            if not piece:
+                raise ModelFileError(f"{self.path} became shorter while it was read")
+            pieces.append(piece)
+            start += len(piece)
+            length -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``start``; raises ModelFileError where the file is shorter."""
+        while len(target):
+            count = os.preadv(self._descriptor, [target[: 1 << 30]], start)
+            if not count:
+                raise ModelFileError(f"{self.path} became shorter while it was read")
+            start += count
+            target = target[count:]
+
+    def window(self, start: int) -> bytes:
+        """Up to WINDOW bytes from ``start``."""
+        return os.pread(self._descriptor, WINDOW, start)
+
+    def unchanged(self) -> bool:
+        """Whether the open file has still the size and modification time it was opened with."""
+        status = os.fstat(self._descriptor)
+        return (status.st_size, status.st_mtime_ns) == (self.size, self._modified)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class _Walk:
+    """One pass over a file. State: the window in memory and the layout so far."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.source = source
+        self.base = 0
+        self.buffer = b""
+        self.payloads: list[Payload] = []
+        self.nodes: list[NodeLayout | None] = []
+        self.metadata: list[Span] = []
+
+    def corrupt(self, position: int, what: str) -> ModelFileError:
+        return ModelFileError(
+            f"{self.source.path} is not a readable ONNX model: {what} at byte {position}",
+            "the file is truncated, corrupt, or of another format",
+        )
+
+    def varint(self, position: int, end: int) -> tuple[int, int]:
+        """The varint at ``position`` and the position after it."""
+        index = position - self.base
+        if index < 0 or index + 10 > len(self.buffer):
+            self.base, index = position, 0
+            self.buffer = self.source.window(position)
+        buffer = self.buffer
+        value = shift = 0
+        stop = min(len(buffer), index + 10, end - self.base)
+        for offset in range(index, stop):
+            byte = buffer[offset]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value & 0xFFFFFFFFFFFFFFFF, self.base + offset + 1
+            shift += 7
+        raise self.corrupt(position, "a varint that does not end")
+
+    def copy(self, start: int, end: int) -> bytes:
+        """The bytes ``start`` to ``end``, from the window where it holds them."""
+        index = start - self.base
+        if index >= 0 and index + end - start <= len(self.buffer):
+            return self.buffer[index : index + end - start]
+        return self.source.read(start, end - start)
+
+    def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """``(number, wire type, start of tag, start of value, end)`` of each field; of a length-delimited one its body."""
+        position = start
+        while position < end:
+            tag_start = position
+            tag, position = self.varint(position, end)
+            number, wire = tag >> 3, tag & 7
+            if not 0 < number < 1 << 29:
+                raise self.corrupt(tag_start, f"a field number of {number}")
+            value = position
+            if wire == LENGTH:
+                length, value = self.varint(position, end)
+                position = value + length
+            elif wire == VARINT:
+                _, position = self.varint(position, end)
+            elif wire == FIXED32:
+                position += 4
+            elif wire == FIXED64:
+                position += 8
+            elif wire == START_GROUP:
+                position = self.group_end(number, position, end)
+            else:
+                raise self.corrupt(tag_start, f"wire type {wire}")
+            if position > end:
+                raise self.corrupt(tag_start, f"a field of {position - value} bytes that runs past its message")
+            yield number, wire, tag_start, value, position
+
+    def group_end(self, number: int, position: int, end: int) -> int:
+        """The position after the group that began before ``position``; groups hold nothing that ONNX defines."""
+        open_groups = [number]
+        while open_groups:
+            tag_start = position
+            tag, position = self.varint(position, end)
+            number, wire = tag >> 3, tag & 7
+            if wire == START_GROUP:
+                open_groups.append(number)
+            elif wire == END_GROUP:
+                if open_groups.pop() != number:
+                    raise self.corrupt(tag_start, "a group that ends as another")
+            elif wire == LENGTH:
+                length, position = self.varint(position, end)
+                position += length
+            elif wire == VARINT:
+                _, position = self.varint(position, end)
+            elif wire in {FIXED32, FIXED64}:
+                position += 4 if wire == FIXED32 else 8
+            else:
+                raise self.corrupt(tag_start, f"wire type {wire}")
+            if position > end or len(open_groups) > DEPTH_LIMIT:
+                raise self.corrupt(tag_start, "a group that does not end")
+        return position
+
+    def message(self, kind: _Kind, body: Span, enclosing: tuple[Message, ...]) -> bytes:
+        """The skeleton of one message whose fields are of ``kind``."""
+        if len(enclosing) > DEPTH_LIMIT:
+            raise self.corrupt(body.start, f"messages nested deeper than {DEPTH_LIMIT}")
+        pieces: list[bytes] = []
+        kept = body.start
+        merged: dict[int, int] = {}
+        for number, wire, tag_start, start, end in self.fields(body.start, body.end):
+            child = kind.children.get(number)
+            if child is None and not (number == MODEL_TRAINING and kind.name == "ModelProto"):
+                if number == MODEL_METADATA and kind.name == "ModelProto":
+                    self.metadata.append(Span(tag_start, end))
+                continue
+            if wire != LENGTH:
+                continue  # protobuf keeps a field of the wrong wire type as unknown
+            pieces.append(self.copy(kept, tag_start))
+            kept = end
+            if child is None:
+                continue  # training information: not run at inference, dropped from the skeleton
+            length_start = self.varint(tag_start, end)[1]
+            inner = Message(Span(length_start, start), Span(start, end))
+            if child == "TensorProto":
+                ticket = merged.get(number, len(self.payloads))
+                if number in kind.singular:
+                    merged[number] = ticket
+                skeleton = self.tensor(inner.body, ticket, (*enclosing, inner))
+            elif child == "NodeProto":
+                skeleton = self.node(Span(tag_start, end), inner, enclosing)
+            else:
+                skeleton = self.message(_KINDS[child], inner.body, (*enclosing, inner))
+            pieces += (encode_varint(number << 3 | LENGTH), encode_varint(len(skeleton)), skeleton)
+        pieces.append(self.copy(kept, body.end))
+        return b"".join(pieces)
+
+    def node(self, whole: Span, message: Message, enclosing: tuple[Message, ...]) -> bytes:
+        """The skeleton of a node: attributes walked, its documentation replaced by its ticket."""
+        ticket = len(self.nodes)
+        self.nodes.append(None)
+        pieces: list[bytes] = []
+        inputs: list[Span] = []
+        kept = message.body.start
+        for number, wire, tag_start, start, end in self.fields(message.body.start, message.body.end):
+            if wire != LENGTH or number not in {NODE_INPUT, 5, NODE_DOC}:
+                continue
+            if number == NODE_INPUT:
+                inputs.append(Span(tag_start, end))
+                continue
+            pieces.append(self.copy(kept, tag_start))
+            kept = end
+            if number == 5:
+                inner = Message(Span(self.varint(tag_start, end)[1], start), Span(start, end))
+                skeleton = self.message(_KINDS["AttributeProto"], inner.body, (*enclosing, message, inner))
+                pieces += (encode_varint(5 << 3 | LENGTH), encode_varint(len(skeleton)), skeleton)
+        pieces += (self.copy(kept, message.body.end), length_delimited(NODE_DOC, str(ticket).encode()))
+        self.nodes[ticket] = NodeLayout(whole, message, tuple(inputs), enclosing)
+        return b"".join(pieces)
+
+    def tensor(self, body: Span, ticket: int, enclosing: tuple[Message, ...]) -> bytes:
+        """The skeleton of a tensor: its payload cut out, its ticket put in as ``raw_data``."""
+        if ticket == len(self.payloads):
+            self.payloads.append(Payload())
+        payload = self.payloads[ticket]
+        pieces: list[bytes] = []
+        kept = body.start
+        for number, wire, tag_start, start, end in self.fields(body.start, body.end):
+            if number == EXTERNAL_DATA and wire == LENGTH:
+                payload.external.append((Span(tag_start, end), enclosing))
+            if number not in PAYLOAD_FIELDS or (number == RAW_DATA and wire != LENGTH):
+                continue
+            pieces.append(self.copy(kept, tag_start))
+            kept = end
+            if number == RAW_DATA:
+                payload.raw = Span(start, end)
+            else:
+                payload.typed.append((number, Span(tag_start, end)))
+                payload.packed.append(Span(start, end))
+        pieces.append(self.copy(kept, body.end))
+        if payload.raw is not None or payload.typed:
+            pieces.append(length_delimited(RAW_DATA, ticket.to_bytes(8, "little")))
+        return b"".join(pieces)
+
+
+def encode_varint(value: int) -> bytes:
+    """``value`` (not negative) as a protobuf varint."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def length_delimited(number: int, content: bytes) -> bytes:
+    """A whole length-delimited field: tag, length, content."""
+    return encode_varint(number << 3 | LENGTH) + encode_varint(len(content)) + content
+
+
+def walk(source: ByteSource) -> tuple[bytes, Layout]:
+    """The skeleton and the layout of the ModelProto in ``source``.
+
+    Raises ModelFileError, with the byte it stumbled on, where the bytes are no protobuf message.
+    """
+    state = _Walk(source)
+    skeleton = state.message(_KINDS["ModelProto"], Span(0, source.size), ())
+    nodes = tuple(node for node in state.nodes if node is not None)
+    return skeleton, Layout(tuple(state.payloads), nodes, tuple(state.metadata))
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Replace the bytes of ``span`` with ``content``; ``enclosing`` are the messages around it, outermost first."""
+
+    span: Span
+    content: bytes
+    enclosing: tuple[Message, ...] = ()
+
+
+def with_lengths(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """``edits`` in file order, with an edit added for every length they change. Spans must not overlap."""
+    result = sorted(edits, key=lambda edit: (edit.span.start, edit.span.end))
+    growth: dict[Message, int] = {}
+    for edit in result:
+        for message in edit.enclosing:
+            growth[message] = growth.get(message, 0) + len(edit.content) - len(edit.span)
+    parents: dict[Message, tuple[Message, ...]] = {}
+    for edit in result:
+        for depth, message in enumerate(edit.enclosing):
+            parents[message] = edit.enclosing[:depth]
+    # Innermost first: a length that takes another byte makes the messages around it grow too.
+    for message in sorted(growth, key=lambda inner: len(parents[inner]), reverse=True):
+        if growth[message] == 0:
+            continue
+        content = encode_varint(len(message.body) + growth[message])
+        for parent in parents[message]:
+            growth[parent] += len(content) - len(message.length)
+        result.append(Edit(message.length, content))
+    result.sort(key=lambda edit: (edit.span.start, edit.span.end))
+    return tuple(result)
+
+
+def copy_with_edits(source: ByteSource, edits: tuple[Edit, ...], write: Callable[[bytes], object]) -> None:
+    """Stream ``source`` with ``edits`` (in file order, complete with lengths) applied to ``write``."""
+    position = 0
+    for edit in (*edits, Edit(Span(source.size, source.size), b"")):
+        while position < edit.span.start:
+            piece = source.read(position, min(COPY_BLOCK, edit.span.start - position))
+            write(piece)
+            position += len(piece)
+        write(edit.content)
+        position = max(position, edit.span.end)
+
+
+COPY_BLOCK: Final = 1 << 20
+"""Bytes copied or compared at once."""

@@ -1,0 +1,230 @@
+"""Path → ScanReport: the whole tool at a glance.
+
+open → graph → constants → trace → survey → bounds → judgements → report.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_clp._version import __version__
+from onnx_clp.errors import UsageError
+from onnx_clp.judge import DEFAULT_U, Judgement, Status, judge
+from onnx_clp.kernels import Measured, measure
+from onnx_clp.model.constants import Constants
+from onnx_clp.model.file import ModelFile, open_model
+from onnx_clp.model.graph import Graph, build_graph
+from onnx_clp.sites import Skipped, survey
+from onnx_clp.trace import trace
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A flagged channel.
+
+    Attributes:
+        index: Its position in the layer, from 0.
+        bound: Its UCLC, the upper bound of its Lipschitz constant.
+        z: (bound − mean) / std of its layer.
+    """
+
+    index: int
+    bound: float
+    z: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A site and what its bounds say.
+
+    Attributes:
+        name: The node whose constants would silence a channel.
+        kind: The form, e.g. ``Conv→BatchNormalization``, or ``Conv`` where its BN was folded in.
+        operators: The linear operators that its channels come from (at most 64 are named).
+        status: ``judged``, ``too-few-channels``, ``zero-spread`` or ``dead``.
+        bounds: The UCLC of every channel; NaN or inf where its numbers are not finite.
+        mean: Mean of the bounds that count; NaN where none does.
+        std: Their standard deviation (n−1); NaN where fewer than two count.
+        threshold: mean + u·std; NaN where nothing was judged.
+        flagged: Channels above the threshold, largest z first.
+        dead: Channels with a bound of exactly 0.
+        non_finite: Channels with NaN or Inf in their weights or statistics.
+        overridable: Graph inputs among its constants: judged by their default, but a caller can override them.
+    """
+
+    name: str
+    kind: str
+    operators: tuple[str, ...]
+    status: str
+    bounds: tuple[float, ...]
+    mean: float
+    std: float
+    threshold: float
+    flagged: tuple[Channel, ...]
+    dead: tuple[int, ...]
+    non_finite: tuple[int, ...]
+    overridable: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return len(self.bounds)
+
+    @property
+    def judged(self) -> bool:
+        """Whether a channel could have been flagged, or all are equal."""
+        return self.status in {Status.JUDGED.value, Status.ZERO_SPREAD.value}
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedPart:
+    """A convolution or BatchNormalization that was seen and not judged. Never the same as clean.
+
+    Attributes:
+        name: The node.
+        operator: Its operator.
+        reason: One word: ``head``, ``gate``, ``untraced``, ``training-mode``, ``dynamic-weight``, ``custom-operator``,
+            ``no-data``, ``unreadable``, ``unused`` or ``shape``.
+        detail: The reason in a sentence.
+    """
+
+    name: str
+    operator: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScanReport:
+    """What a scan of one file found.
+
+    Attributes:
+        path: The file, as it was given.
+        u: The number of standard deviations asked for.
+        count_dead: Whether dead channels counted in mean and std.
+        layers: Every site, in topological order.
+        skipped: Every convolution and BatchNormalization that is no site.
+        version: Version of onnx-clp.
+    """
+
+    path: str
+    u: float
+    count_dead: bool
+    layers: tuple[Layer, ...]
+    skipped: tuple[SkippedPart, ...]
+    version: str = __version__
+
+    @property
+    def channels(self) -> int:
+        """Channels of all sites."""
+        return sum(layer.channels for layer in self.layers)
+
+    @property
+    def judged_channels(self) -> int:
+        """Channels of the layers that were judged."""
+        return sum(layer.channels for layer in self.layers if layer.judged)
+
+    @property
+    def flagged_channels(self) -> int:
+        """Channels above the threshold of their layer."""
+        return sum(len(layer.flagged) for layer in self.layers)
+
+    @property
+    def non_finite_channels(self) -> int:
+        """Channels with NaN or Inf."""
+        return sum(len(layer.non_finite) for layer in self.layers)
+
+    @property
+    def dead_channels(self) -> int:
+        """Channels with a bound of exactly 0."""
+        return sum(len(layer.dead) for layer in self.layers)
+
+    @property
+    def findings(self) -> int:
+        """Channels that are flagged or not finite."""
+        return self.flagged_channels + self.non_finite_channels
+
+    @property
+    def analysed(self) -> bool:
+        """Whether anything could be judged at all."""
+        return any(layer.judged for layer in self.layers)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every convolution and BatchNormalization was judged."""
+        return self.analysed and not self.skipped and all(layer.judged for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Analysis:
+    """A scan with what a rewrite needs besides the report: the open file, its graph and the measured sites."""
+
+    file: ModelFile
+    graph: Graph
+    constants: Constants
+    measured: tuple[Measured, ...]
+    report: ScanReport
+
+
+def analyse(file: ModelFile, u: float, *, count_dead: bool, name: str) -> Analysis:
+    """Scan the open ``file``, which the report calls ``name``."""
+    graph = build_graph(file)
+    constants = Constants(file, graph)
+    traced = trace(graph, constants)
+    found = survey(graph, constants, traced)
+    measured, unreadable = measure(found, traced, constants)
+    layers = tuple(_layer(part, judge(part.bounds, u, count_dead=count_dead)) for part in measured)
+    skipped = tuple(_skipped(part) for part in (*found.skipped, *unreadable))
+    return Analysis(file, graph, constants, measured, ScanReport(name, u, count_dead, layers, skipped))
+
+
+def scan(path: str | os.PathLike[str], u: float = DEFAULT_U, *, count_dead: bool = False) -> ScanReport:
+    """Scan an ONNX file for channels whose Lipschitz bound is an outlier of their layer.
+
+    Args:
+        path: The ONNX file. External data is read from its folder.
+        u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0.
+        count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
+
+    Returns:
+        The report: every layer with its bounds (one float per channel), and every part that was not judged.
+
+    Raises:
+        ModelFileError: The file is missing, unreadable, truncated, corrupt or no ONNX model.
+        UsageError: ``u`` is negative or not finite.
+    """
+    check_u(u)
+    with open_model(Path(path)) as file:
+        return analyse(file, u, count_dead=count_dead, name=os.fspath(path)).report
+
+
+def check_u(u: float) -> None:
+    """Raise UsageError where ``u`` cannot be a number of standard deviations."""
+    if not (math.isfinite(u) and u >= 0):
+        raise UsageError(f"u is {u}", "give a finite number of standard deviations, 0 or more")
+
+
+def _layer(part: Measured, judgement: Judgement) -> Layer:
+    site, bounds = part.site, tuple(part.bounds.tolist())
+    flagged = [Channel(k, bounds[k], (bounds[k] - judgement.mean) / judgement.std) for k in judgement.flagged]
+    return Layer(
+        name=site.node.name,
+        kind=site.kind,
+        operators=site.operators,
+        status=judgement.status.value,
+        bounds=bounds,
+        mean=judgement.mean,
+        std=judgement.std,
+        threshold=judgement.threshold,
+        flagged=tuple(sorted(flagged, key=lambda channel: (-channel.z, channel.index))),
+        dead=judgement.dead,
+        non_finite=judgement.non_finite,
+        overridable=site.overridable,
+    )
+
+
+def _skipped(part: Skipped) -> SkippedPart:
+    return SkippedPart(part.name, part.operator, part.reason.value, part.detail)

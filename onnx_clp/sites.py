@@ -1,0 +1,496 @@
+"""Graph → Survey: the sites, where channels can be judged and silenced one by one, and all that is skipped.
+
+Four questions, in this order:
+
+1. Which BatchNormalizations (and per-channel Mul by a constant, a BN spelled out) normalise channels whose linear
+   operators are known? Each is a site, and its operators are judged there.
+2. Which convolutions are left? Each is a site of its own, its BN folded in, unless
+3. it is a *head*: its channels are the model's answers, or
+4. it is a *gate*: it works on a globally pooled input.
+
+Everything that is a convolution or a BatchNormalization and no site is skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import numpy as np
+
+from onnx_clp.model.constants import Constants
+from onnx_clp.model.graph import MISSING, Graph, Node
+from onnx_clp.model.tensors import PayloadError
+from onnx_clp.operators import KernelLayout, channel_count, layout, linear
+from onnx_clp.trace import Flow, Joined, Lost, Produced, Summed, Trace, channel_axis, training_reason
+
+
+class Reason(Enum):
+    """Why a convolution or BatchNormalization was not judged."""
+
+    HEAD = "head"
+    GATE = "gate"
+    UNTRACED = "untraced"
+    TRAINING_MODE = "training-mode"
+    DYNAMIC_WEIGHT = "dynamic-weight"
+    CUSTOM_OPERATOR = "custom-operator"
+    NO_DATA = "no-data"
+    UNREADABLE = "unreadable"
+    UNUSED = "unused"
+    SHAPE = "shape"
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A convolution or BatchNormalization that was seen and not judged.
+
+    Attributes:
+        name: The node.
+        operator: Its operator.
+        reason: In one word.
+        detail: In one sentence.
+    """
+
+    name: str
+    operator: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Knob:
+    """A constant that silences channel k where its slice of channel k is made zero (or the zero point).
+
+    Attributes:
+        node: The node that reads it.
+        position: At which input.
+        axis: The axis of the channels, counted from the end (negative).
+        groups: 1, but for a ConvTranspose kernel, whose output channels lie in groups over its first axis.
+        zero_point: Position of the input that holds the zero point; MISSING where zero is zero.
+    """
+
+    node: Node
+    position: int
+    axis: int
+    groups: int = 1
+    zero_point: int = MISSING
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """Where channels are judged.
+
+    Attributes:
+        node: The node whose constants silence the channels.
+        kind: The form, e.g. ``Conv→BatchNormalization`` or ``Conv``.
+        operators: Names of the linear operators that the channels come from.
+        channels: How many there are.
+        source: The trace's source that gives the bounds, normalisation included.
+        knobs: What silences a channel.
+        output: The value that is 0 in a silenced channel; MISSING where none is.
+        overridable: Names of its constants that a caller of the model can override.
+    """
+
+    node: Node
+    kind: str
+    operators: tuple[str, ...]
+    channels: int
+    source: int
+    knobs: tuple[Knob, ...]
+    output: int
+    overridable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """All sites and all skipped parts of a model: its coverage."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+
+
+_TRANSPARENT: Final = frozenset({"Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"})
+"""Operators between a linear operator and its normalisation or its bias that change no number (rounding aside)."""
+
+_TRAINED: Final = frozenset("LSTM GRU RNN BatchNormalization InstanceNormalization".split())
+_ACTIVATIONS: Final = frozenset(
+    """Relu LeakyRelu PRelu Elu Celu Selu Gelu Mish HardSwish Swish ThresholdedRelu Softplus Softsign""".split()
+)
+
+
+class _Surveyor:
+    """The answers to the four questions for one graph."""
+
+    def __init__(self, graph: Graph, constants: Constants, trace: Trace) -> None:
+        self.graph = graph
+        self.constants = constants
+        self.trace = trace
+        self.covered: set[int] = set()
+        self.seen_sources: set[int] = set()
+        self.produced = {part.node.index: i for i, part in enumerate(trace.sources) if isinstance(part, Produced)}
+        self.follow()
+
+    def run(self) -> Survey:
+        found: dict[int, Site | Skipped] = {}
+        for node in self.graph.nodes:
+            if _is_batch_normalization(node):
+                found[node.index] = self.normalisation(node)
+        for node in self.graph.nodes:
+            if node.op_type == "Mul" and node.standard and node.index in self.graph.live:
+                site = self.spelled_out(node)
+                if site is not None:
+                    found[node.index] = site
+        for node in self.graph.nodes:
+            description = linear(node)
+            if description is not None and description.convolves and node.index not in self.covered:
+                found[node.index] = self.convolution(node)
+            elif description is None and "Conv" in node.op_type and node.layout is not None:
+                found[node.index] = _skip(node, Reason.CUSTOM_OPERATOR, f"operator {_full(node)} is not known here")
+        parts = [found[index] for index in sorted(found)]
+        cyclic = [Skipped(name, "", Reason.UNREADABLE, "the node depends on its own output") for name in self.graph.cyclic]
+        return Survey(
+            tuple(part for part in parts if isinstance(part, Site)),
+            (*(part for part in parts if isinstance(part, Skipped)), *cyclic),
+        )
+
+    # -- 1: BatchNormalization, also spelled out ---------------------------------------------------------------------
+
+    def normalisation(self, node: Node) -> Site | Skipped:
+        """The site of a BatchNormalization, or why there is none."""
+        if not node.standard:
+            return _skip(node, Reason.CUSTOM_OPERATOR, f"operator {_full(node)} is not known here")
+        if node.index not in self.graph.live:
+            return _skip(node, Reason.UNUSED, "no output of the model depends on it")
+        reason = training_reason(node)
+        if reason is not None:
+            return _skip(node, Reason.TRAINING_MODE, f"it normalises by the statistics of the batch: {reason}")
+        if node.opset < 9 and not node.integer("spatial", 1):
+            return _skip(node, Reason.SHAPE, "it has statistics per position (spatial is 0), not per channel")
+        for position in range(1, 5):
+            if self.constants.shape(node.input(position)) is None:
+                return _refuse(node, self.constants.refusal(node.input(position)))
+        flow = self.trace.flows.get(node.inputs[0], Lost("a constant"))
+        if isinstance(flow, Lost) and flow.refusal is not None:
+            return _refuse(node, flow.refusal)
+        if isinstance(flow, Lost):
+            return _skip(node, Reason.UNTRACED, f"its input cannot be traced to linear operators: {flow.operator}")
+        shapes = {self.constants.shape(node.input(position)) for position in range(1, 5)}
+        output = self.trace.flows.get(node.outputs[0])
+        if shapes != {(flow.channels,)} or not isinstance(output, Flow):
+            return _skip(node, Reason.SHAPE, f"its statistics do not fit the {flow.channels} channels that reach it")
+        return self.site(node, flow, output.source, (Knob(node, 1, -1), Knob(node, 2, -1)), node.outputs[0])
+
+    def spelled_out(self, node: Node) -> Site | None:
+        """The site of a per-channel Mul by a constant that is the last of its kind, with the Add that follows."""
+        position = next((i for i in (0, 1) if self.constant_axis(node, i) is not None), None)
+        if position is None:
+            return None
+        axis = self.constant_axis(node, position)
+        flow = self.trace.flows[node.inputs[1 - position]]
+        output = self.trace.flows[node.outputs[0]]
+        if axis is None or isinstance(flow, Lost) or isinstance(output, Lost):
+            return None
+        tail = list(self.tail(node))
+        end = tail[-1][1] if tail else node.outputs[0]
+        for reader in self.graph.consumers.get(end, ()):
+            if (_is_batch_normalization(reader) and end == reader.inputs[0]) or self.is_factor(reader, end):
+                return None  # judged there, this factor included
+        if self.is_head(node, end):
+            return None
+        biases = tuple(knob for knob, _ in tail if knob is not None)
+        return self.site(node, flow, output.source, (Knob(node, position, axis), *biases), end)
+
+    def is_factor(self, node: Node, value: int) -> bool:
+        return node.op_type == "Mul" and any(
+            self.constant_axis(node, i) is not None and node.inputs[1 - i] == value for i in (0, 1)
+        )
+
+    def constant_axis(self, node: Node, position: int) -> int | None:
+        """The axis, from the end, along which the constant at ``position`` of a binary operator has a slice per channel."""
+        if len(node.inputs) != 2:
+            return None
+        shape = self.constants.shape(node.inputs[position])
+        flow = self.trace.flows.get(node.inputs[1 - position])
+        if shape is None or not isinstance(flow, Flow):
+            return None
+        return channel_axis(node, flow, self.trace.ranks.get(node.inputs[1 - position]), shape) or None
+
+    def site(self, node: Node, flow: Flow, source: int, knobs: tuple[Knob, ...], output: int) -> Site:
+        """A site that judges ``source``; the operators it comes from are covered."""
+        operators, joint = self.operators(flow.source)
+        kinds = sorted({operator.op_type for operator in operators})
+        origin = joint or "/".join(kinds)
+        return Site(
+            node,
+            f"{origin}→{node.op_type}",
+            tuple(operator.name for operator in operators),
+            flow.channels,
+            source,
+            knobs,
+            output,
+            self.overridable((*knobs, *(Knob(node, position, -1) for position in _statistics(node)))),
+        )
+
+    def operators(self, source: int) -> tuple[list[Node], str]:
+        """Up to NAMED_OPERATORS of the operators a source is made of, all of them marked covered, and how they join."""
+        named: list[Node] = []
+        joint = ""
+        pending = deque([source])
+        local: set[int] = set()
+        while pending:
+            index = pending.popleft()
+            known = index in self.seen_sources
+            if index in local or (known and len(named) >= NAMED_OPERATORS):
+                continue
+            local.add(index)
+            self.seen_sources.add(index)
+            part = self.trace.sources[index]
+            if isinstance(part, Produced):
+                self.covered.add(part.node.index)
+                if len(named) < NAMED_OPERATORS:
+                    named.append(part.node)
+            elif isinstance(part, Summed | Joined):
+                joint = joint or ("Sum" if isinstance(part, Summed) else "Concat")
+                pending.extend(part.sources)
+            else:
+                pending.append(part.source)
+        return named, joint
+
+    # -- 2: convolutions with their normalisation folded in ------------------------------------------------------------
+
+    def convolution(self, node: Node) -> Site | Skipped:
+        """The site of a convolution that no normalisation judges, or why there is none."""
+        description = linear(node)
+        assert description is not None
+        if node.index not in self.graph.live:
+            return _skip(node, Reason.UNUSED, "no output of the model depends on it")
+        if node.index in self.trace.refused:
+            return _refuse(node, self.trace.refused[node.index])
+        tail = list(self.tail(node))
+        end = tail[-1][1] if tail else node.outputs[0]
+        if self.is_head(node, end):
+            return _skip(node, Reason.HEAD, "its channels are the model's answers: nothing trained follows")
+        if node.inputs[0] in self.trace.pooled:
+            return _skip(node, Reason.GATE, "it works on a globally pooled input")
+        knobs = [_weight_knob(node, self.constants)]
+        if description.bias != MISSING and node.input(description.bias) != MISSING:
+            if self.constants.shape(node.input(description.bias)) is None:
+                return _refuse(node, self.constants.refusal(node.input(description.bias)))
+            knobs.append(Knob(node, description.bias, -1))
+        knobs += [knob for knob, _ in tail if knob is not None]
+        source = self.produced[node.index]
+        flow = self.trace.flows.get(end)
+        if isinstance(flow, Flow) and node.op_type == "ConvInteger":
+            source = flow.source  # the kernel's scale comes after the operator
+        return Site(
+            node,
+            node.op_type,
+            (node.name,),
+            channel_count(node, self.constants.shape(node.inputs[description.weight]) or ()),
+            source,
+            tuple(knobs),
+            end if _silent_is_zero(node) else MISSING,
+            self.overridable(tuple(knobs)),
+        )
+
+    def tail(self, node: Node) -> Iterator[tuple[Knob | None, int]]:
+        """What follows ``node`` alone, as (constant per channel that is added, value after it)."""
+        steps: list[tuple[Knob | None, int]] = []
+        kept = 0
+        value = node.outputs[0]
+        while value not in self.graph.outputs:
+            readers = [reader for reader in self.graph.consumers.get(value, ()) if reader.index in self.graph.live]
+            if len(readers) != 1 or not readers[0].standard or not readers[0].outputs:
+                break
+            reader = readers[0]
+            if reader.op_type in {"Add", "Sub"} and len(reader.inputs) == 2:
+                position = 1 - reader.inputs.index(value)
+                axis = self.constant_axis(reader, position)
+                if axis is None or (reader.op_type == "Sub" and position == 0):
+                    break
+                steps.append((Knob(reader, position, axis), reader.outputs[0]))
+                kept = len(steps)
+            elif reader.op_type == "Mul" and node.op_type == "ConvInteger" and not kept:
+                steps.append((None, reader.outputs[0]))
+                kept = len(steps)
+            elif reader.op_type in _TRANSPARENT and reader.inputs[0] == value:
+                steps.append((None, reader.outputs[0]))
+            else:
+                break
+            value = reader.outputs[0]
+        yield from steps[:kept]
+
+    def overridable(self, knobs: tuple[Knob, ...]) -> tuple[str, ...]:
+        """Names of graph inputs with a default among what the knobs' constants are made of."""
+        names: dict[str, None] = {}
+        pending = [knob.node.inputs[knob.position] for knob in knobs]
+        seen: set[int] = set()
+        while pending:
+            value = pending.pop()
+            if value in seen or value == MISSING:
+                continue
+            seen.add(value)
+            if value in self.graph.overridable:
+                names[self.graph.name_of(value)] = None
+            maker = self.graph.producers.get(value)
+            if maker is not None:
+                pending += maker.inputs
+        return tuple(names)
+
+    # -- 3: heads ------------------------------------------------------------------------------------------------------
+
+    def is_head(self, node: Node, end: int) -> bool:
+        """Whether the channels of ``end``, which ``node`` makes, are the model's answers."""
+        if end in self.trained_after or (node.op_type == "FusedConv" and _is_activation_name(node)):
+            return False
+        return end in self.answers
+
+    def follow(self) -> None:
+        """Find, walking back from the outputs, the values that something trained follows, and those that are answers.
+
+        ``trained_after``: a trained operator lies ahead on some way. ``answers``: some way to an output holds no
+        activation of features; ``pooled_answers``: a way on which pooled features become class scores, by which an
+        activation does not count (a classifier that is Conv, Relu, GlobalAveragePool, Softmax).
+        """
+        self.trained_after: set[int] = set()
+        self.answers: set[int] = set(self.graph.outputs)
+        self.pooled_answers: set[int] = set()
+        before = -1
+        while before != len(self.trained_after) + len(self.answers) + len(self.pooled_answers):
+            before = len(self.trained_after) + len(self.answers) + len(self.pooled_answers)
+            for node in reversed(self.graph.nodes):
+                if node.index in self.graph.live:
+                    self.follow_back(node)
+
+    def follow_back(self, node: Node) -> None:
+        data = {value for value in (*node.inputs, *node.carried) if value != MISSING}
+        made = {value for value in node.outputs if value != MISSING}
+        if self.is_trained(node) or made & self.trained_after:
+            self.trained_after |= data
+        if node.op_type in _SCORES and made & self.answers:
+            self.pooled_answers |= data
+        elif node.op_type in _POOLED_WAY and made & self.pooled_answers:
+            self.pooled_answers |= data
+        if made & (self.pooled_answers if self.is_activation(node) else self.answers):
+            self.answers |= data
+
+    def is_trained(self, node: Node) -> bool:
+        """Whether ``node`` holds weights of its own, other than a fixed projection."""
+        if node.op_type in _TRAINED:
+            return True
+        description = linear(node)
+        if description is None:
+            return "Conv" in node.op_type or "Gemm" in node.op_type
+        shape = self.constants.shape(node.input(description.weight))
+        if shape is None:
+            return description.convolves
+        return not (description.convolves and self.is_fixed(node, description.weight, shape))
+
+    def is_fixed(self, node: Node, weight: int, shape: tuple[int, ...]) -> bool:
+        """Whether the kernel only reads out: the mean of a distribution over bins 0, 1, 2 …, or one enlargement for all.
+
+        The first ends the box branch of detectors (distribution focal loss), the second is a Resize written as a
+        depthwise ConvTranspose.
+        """
+        if node.op_type == "Conv" and shape[0] == 1 and np.prod(shape[2:]) == 1:
+            kernel = self.constants.small(node.inputs[weight])
+            return kernel is not None and bool(np.array_equal(kernel.ravel(), np.arange(kernel.size)))
+        if node.op_type == "ConvTranspose" and shape[1] == 1 and node.integer("group", 1) == shape[0] > 1:
+            try:
+                kernel = self.constants.array(node.inputs[weight])
+            except PayloadError:
+                return False
+            return bool(np.all(kernel == kernel[:1]))
+        return False
+
+    def is_activation(self, node: Node) -> bool:
+        """Whether ``node`` is an activation as features have it: its output is no answer."""
+        if node.op_type in _ACTIVATIONS:
+            return True
+        if node.op_type == "Clip":  # ReLU6, where it does not just keep an image in 0 to 1
+            bounds = [node.number("min", -np.inf), node.number("max", np.inf)]
+            for position in (1, 2):
+                given = self.constants.small(node.input(position))
+                if given is not None and given.size == 1:
+                    bounds[position - 1] = float(given.ravel()[0])
+            return bounds[0] == 0 and 1 < bounds[1] < np.inf
+        if node.op_type == "Mul" and len(node.inputs) == 2:
+            return self.gates_itself(*node.inputs) or self.gates_itself(*node.inputs[::-1])
+        return False
+
+    def gates_itself(self, value: int, gate: int) -> bool:
+        """Whether ``gate`` is made of ``value`` alone by a few elementwise steps, as in x·sigmoid(x)."""
+        for _ in range(6):
+            maker = self.graph.producers.get(gate)
+            if maker is None or maker.op_type not in _GATE_STEPS:
+                return False
+            given = [source for source in maker.inputs if source != MISSING and self.constants.get(source) is None]
+            if len(given) != 1:
+                return False
+            gate = given[0]
+            if gate == value:
+                return True
+        return False
+
+
+NAMED_OPERATORS: Final = 64
+"""Linear operators that a site names; a BN behind a hundred concatenated layers names the nearest."""
+
+_SCORES: Final = frozenset("Softmax LogSoftmax Sigmoid ArgMax TopK Hardmax".split())
+_POOLED_WAY: Final = frozenset(
+    "GlobalAveragePool ReduceMean AveragePool Flatten Reshape Squeeze Unsqueeze Identity Cast Dropout Transpose".split()
+)
+_GATE_STEPS: Final = frozenset("Sigmoid HardSigmoid Clip Add Mul Div Tanh Softplus Erf Relu Identity Cast".split())
+
+
+def _is_batch_normalization(node: Node) -> bool:
+    return "BatchNorm" in node.op_type and node.layout is not None
+
+
+def _is_activation_name(node: Node) -> bool:
+    return node.text("activation", "") in {"Relu", "LeakyRelu", "Clip"}
+
+
+def _silent_is_zero(node: Node) -> bool:
+    """Whether a channel with zero kernel and bias comes out as 0."""
+    if node.op_type == "FusedConv":
+        return node.input(3) == MISSING and not node.text("activation", "").endswith("Sigmoid")
+    return node.op_type != "QLinearConv"  # its output is the output's zero point
+
+
+def _statistics(node: Node) -> tuple[int, ...]:
+    return (3, 4) if node.op_type == "BatchNormalization" else ()
+
+
+def _weight_knob(node: Node, constants: Constants) -> Knob:
+    description = linear(node)
+    assert description is not None
+    rank = len(constants.shape(node.inputs[description.weight]) or ())
+    grouped = layout(node) is KernelLayout.INPUT_FIRST
+    return Knob(
+        node,
+        description.weight,
+        (1 if grouped else 0) - rank,
+        node.integer("group", 1) if grouped else 1,
+        description.zero_point,
+    )
+
+
+def _full(node: Node) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _skip(node: Node, reason: Reason, detail: str) -> Skipped:
+    return Skipped(node.name, _full(node), reason, detail)
+
+
+def _refuse(node: Node, error: PayloadError) -> Skipped:
+    return _skip(node, Reason(error.reason), error.message)
+
+
+def survey(graph: Graph, constants: Constants, trace: Trace) -> Survey:
+    """Find the sites of ``graph`` and all that is skipped."""
+    return _Surveyor(graph, constants, trace).run()

@@ -1,0 +1,1 @@
+"""Small built ONNX models, one builder per case, each with the bounds that a scan has to find in it."""
