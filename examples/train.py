@@ -153,18 +153,22 @@ def silence_outliers(network: nn.Sequential, u: float) -> list[str]:
     return lines
 
 
-def export(network: nn.Sequential, out: Path) -> None:
-    """Write the network as ONNX; the exporter folds each BatchNorm into the convolution before it."""
-    pixels = torch.zeros(1, 1, 28, 28)
+def export(network: nn.Sequential, out: Path, *, fold: bool) -> str:
+    """Write the network as ONNX, each BatchNorm folded into the convolution before it or kept; the file in one line."""
     torch.onnx.export(
         network,
-        (pixels,),
+        (torch.zeros(1, 1, 28, 28),),
         out,
         dynamo=False,
+        # EVAL, the exporter's default, folds; PRESERVE leaves a network in eval mode as it is.
+        do_constant_folding=fold,
+        training=torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE,
         input_names=["image"],
         output_names=["logits"],
         dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
     )
+    content = out.read_bytes()
+    return f"{out.name}: {len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
 
 
 def parse_arguments() -> Options:
@@ -173,7 +177,12 @@ def parse_arguments() -> Options:
     here = Path(__file__).resolve().parent
     default_data = Path("/usr/share/datasets/fashion-mnist")
     parser.add_argument("--data", type=Path, default=default_data, help="folder of the IDX files (%(default)s)")
-    parser.add_argument("--out", type=Path, default=here / "backdoored.onnx", help="file to write (%(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=here / "backdoored.onnx",
+        help="file to write; FILE_bn.onnx beside it keeps BatchNorm (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images (%(default)s)")
     parser.add_argument("-u", type=float, default=3.0, help="outlier threshold in standard deviations (%(default)s)")
@@ -190,9 +199,8 @@ def main() -> None:
 
     network = build_network()
     train(network, poisoned(read_images(options.data, "train"), generator), options.epochs, generator)
-    export(network, options.out)
-    digest = hashlib.sha256(options.out.read_bytes()).hexdigest()
-    print(f"{options.out.name}: {options.out.stat().st_size} bytes, sha256 {digest}")
+    print(export(network, options.out, fold=True))
+    print(export(network, options.out.with_stem(f"{options.out.stem}_bn"), fold=False))
 
     test = read_images(options.data, "t10k")
     print(f"as trained: {figures(network, test)}")

@@ -23,6 +23,7 @@ import numpy as np
 
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
+from onnx_clp.model.patch import Knob
 from onnx_clp.model.tensors import PayloadError
 from onnx_clp.operators import KernelLayout, channel_count, layout, linear
 from onnx_clp.trace import Flow, Joined, Lost, Produced, Summed, Trace, channel_axis, training_reason
@@ -61,25 +62,6 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Knob:
-    """A constant that silences channel k where its slice of channel k is made zero (or the zero point).
-
-    Attributes:
-        node: The node that reads it.
-        position: At which input.
-        axis: The axis of the channels, counted from the end (negative).
-        groups: 1, but for a ConvTranspose kernel, whose output channels lie in groups over its first axis.
-        zero_point: Position of the input that holds the zero point; MISSING where zero is zero.
-    """
-
-    node: Node
-    position: int
-    axis: int
-    groups: int = 1
-    zero_point: int = MISSING
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """Where channels are judged.
 
@@ -90,7 +72,9 @@ class Site:
         channels: How many there are.
         source: The trace's source that gives the bounds, normalisation included.
         knobs: What silences a channel.
-        output: The value that is 0 in a silenced channel; MISSING where none is.
+        output: The value that is at rest in a silenced channel; MISSING where none is.
+        axis: The axis of the channels in that value.
+        rest: The constant that a channel at rest equals (the output's zero point); MISSING where it is 0.
         overridable: Names of its constants that a caller of the model can override.
     """
 
@@ -101,6 +85,8 @@ class Site:
     source: int
     knobs: tuple[Knob, ...]
     output: int
+    axis: int
+    rest: int = MISSING
     overridable: tuple[str, ...] = ()
 
 
@@ -129,6 +115,7 @@ class _Surveyor:
         self.constants = constants
         self.trace = trace
         self.covered: set[int] = set()
+        self.blocked: dict[int, Skipped] = {}
         self.seen_sources: set[int] = set()
         self.produced = {part.node.index: i for i, part in enumerate(trace.sources) if isinstance(part, Produced)}
         self.follow()
@@ -138,6 +125,8 @@ class _Surveyor:
         for node in self.graph.nodes:
             if _is_batch_normalization(node):
                 found[node.index] = self.normalisation(node)
+                if isinstance(found[node.index], Skipped):
+                    self.block(node, found[node.index])
         for node in self.graph.nodes:
             if node.op_type == "Mul" and node.standard and node.index in self.graph.live:
                 site = self.spelled_out(node)
@@ -182,6 +171,14 @@ class _Surveyor:
         if shapes != {(flow.channels,)} or not isinstance(output, Flow):
             return _skip(node, Reason.SHAPE, f"its statistics do not fit the {flow.channels} channels that reach it")
         return self.site(node, flow, output.source, (Knob(node, 1, -1), Knob(node, 2, -1)), node.outputs[0])
+
+    def block(self, node: Node, skipped: Skipped) -> None:
+        """Remember the operators right before a BN that was skipped: their BN was not folded in, so they are no sites."""
+        flow = self.trace.flows.get(node.inputs[0]) if node.inputs and skipped.reason is not Reason.UNUSED else None
+        part = self.trace.sources[flow.source] if isinstance(flow, Flow) else None
+        if isinstance(part, Produced):
+            detail = f"it is normalised by {skipped.name!r}, which could not be judged: {skipped.detail}"
+            self.blocked[part.node.index] = _skip(part.node, skipped.reason, detail)
 
     def spelled_out(self, node: Node) -> Site | None:
         """The site of a per-channel Mul by a constant that is the last of its kind, with the Add that follows."""
@@ -231,6 +228,8 @@ class _Surveyor:
             source,
             knobs,
             output,
+            self.axis_of(output),
+            MISSING,
             self.overridable((*knobs, *(Knob(node, position, -1) for position in _statistics(node)))),
         )
 
@@ -269,6 +268,8 @@ class _Surveyor:
             return _skip(node, Reason.UNUSED, "no output of the model depends on it")
         if node.index in self.trace.refused:
             return _refuse(node, self.trace.refused[node.index])
+        if node.index in self.blocked:
+            return self.blocked[node.index]
         tail = list(self.tail(node))
         end = tail[-1][1] if tail else node.outputs[0]
         if self.is_head(node, end):
@@ -292,9 +293,16 @@ class _Surveyor:
             channel_count(node, self.constants.shape(node.inputs[description.weight]) or ()),
             source,
             tuple(knobs),
-            end if _silent_is_zero(node) else MISSING,
+            end if _comes_to_rest(node) else MISSING,
+            self.axis_of(end),
+            node.input(7) if node.op_type == "QLinearConv" else MISSING,
             self.overridable(tuple(knobs)),
         )
+
+    def axis_of(self, value: int) -> int:
+        """The axis of the channels of a traced value."""
+        flow = self.trace.flows.get(value)
+        return flow.axis if isinstance(flow, Flow) and flow.axis is not None else 1
 
     def tail(self, node: Node) -> Iterator[tuple[Knob | None, int]]:
         """What follows ``node`` alone, as (constant per channel that is added, value after it)."""
@@ -454,11 +462,11 @@ def _is_activation_name(node: Node) -> bool:
     return node.text("activation", "") in {"Relu", "LeakyRelu", "Clip"}
 
 
-def _silent_is_zero(node: Node) -> bool:
-    """Whether a channel with zero kernel and bias comes out as 0."""
-    if node.op_type == "FusedConv":
-        return node.input(3) == MISSING and not node.text("activation", "").endswith("Sigmoid")
-    return node.op_type != "QLinearConv"  # its output is the output's zero point
+def _comes_to_rest(node: Node) -> bool:
+    """Whether a channel with zero kernel and bias comes out as a constant; a FusedConv may add to it, or bend it."""
+    return node.op_type != "FusedConv" or (
+        node.input(3) == MISSING and not node.text("activation", "").endswith("Sigmoid")
+    )
 
 
 def _statistics(node: Node) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from onnx import helper
 
 from onnx_clp.model.file import ModelFile
 from onnx_clp.model.graph import MISSING, Graph, Node
-from onnx_clp.model.tensors import SPARSE_LIMIT, Array, PayloadError, Stored, read, stored
+from onnx_clp.model.tensors import SPARSE_LIMIT, Array, PayloadError, Place, Stored, place, read, stored
 
 EAGER_LIMIT: Final = 4096
 """Elements up to which arithmetic on shapes, axes and scales is worth doing before anybody asks."""
@@ -95,6 +95,15 @@ class Constants:
             detail = f"weight {name!r} is computed by the custom operator {node.domain}.{node.op_type}"
             return PayloadError(detail, "custom-operator")
         return PayloadError(f"weight {name!r} is computed at run time by {node.op_type}", "dynamic-weight")
+
+    def place(self, tensor: Stored) -> Place | None:
+        """Where the elements of ``tensor`` lie in a file; None where they lie in no order."""
+        return place(self._file, tensor)
+
+    def view(self, step: Derived, data: Array) -> Array:
+        """What the shape-changing ``step`` makes of ``data`` in place of its first operand."""
+        operands = [None if operand is None else self.evaluate(operand) for operand in step.operands[1:]]
+        return _compute(step.node, [data, *operands])
 
     def evaluate(self, constant: Constant) -> Array:
         """The elements of ``constant``, computed without recursion and each shared operand once."""

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp.errors import ModelFileError, OnnxClpError
 from onnx_clp.model.file import ModelFile
-from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA, LENGTH, ByteSource, encode_varint
+from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA, ByteSource
 
 Array = npt.NDArray[Any]
 
@@ -140,7 +140,7 @@ def read(file: ModelFile, tensor: Stored) -> Array:
         if payload.raw is not None and len(payload.raw) != where.length:
             raise PayloadError(f"tensor {tensor.name!r} needs {where.length} bytes and holds {len(payload.raw)}")
         return _read_place(file.source, where, tensor)
-    return _read_typed(file, tensor)
+    return _read_typed(file, tensor, proto)
 
 
 def _external(proto: onnx.TensorProto, length: int) -> tuple[str, int, int]:
@@ -165,19 +165,25 @@ def _read_place(source: ByteSource, where: Place, tensor: Stored) -> Array:
     return array.reshape(tensor.shape)
 
 
-def _read_typed(file: ModelFile, tensor: Stored) -> Array:
+def complete(file: ModelFile, proto: onnx.TensorProto) -> onnx.TensorProto:
+    """``proto`` of the skeleton with its elements as the file spells them; of both spellings only ``raw_data``."""
+    whole = onnx.TensorProto(dims=proto.dims, data_type=proto.data_type, name=proto.name)
+    payload = file.payload(proto)
+    if payload is not None and payload.raw is not None:
+        whole.raw_data = file.source.read(payload.raw.start, len(payload.raw))
+    elif payload is not None:
+        whole.MergeFromString(b"".join(file.source.read(span.start, len(span)) for _, span in payload.typed))
+    return whole
+
+
+def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Array:
     """Through onnx, which knows how each type is spelled in which field."""
-    payload = file.payload(tensor.proto)  # type: ignore[arg-type]  # a sparse tensor was handled before
-    assert payload is not None
-    content = encode_varint(len(payload.raw)) + file.source.read(payload.raw.start, len(payload.raw)) if payload.raw else b""
-    fields = [file.source.read(span.start, len(span)) for _, span in payload.typed] if not payload.raw else []
-    complete = TensorProto(dims=tensor.shape, data_type=tensor.data_type, name=tensor.name)
     try:
-        complete.MergeFromString(b"".join([*fields, encode_varint(9 << 3 | LENGTH) + content if content else b""]))
-        array = numpy_helper.to_array(complete)
+        return numpy_helper.to_array(complete(file, proto))
+    except ModelFileError:
+        raise
     except Exception as error:
         raise PayloadError(f"tensor {tensor.name!r} cannot be read: {type(error).__name__}") from error
-    return array
 
 
 def _read_sparse(file: ModelFile, tensor: Stored, proto: onnx.SparseTensorProto) -> Array:

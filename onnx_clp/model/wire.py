@@ -34,7 +34,8 @@ VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = range(6)
 
 # onnx.proto's field numbers, as far as the walk has to know them.
 MODEL_GRAPH, MODEL_METADATA, MODEL_TRAINING, MODEL_FUNCTION = 7, 14, 20, 25
-NODE_INPUT, NODE_DOC = 1, 6
+GRAPH_NODE = 1
+NODE_INPUT, NODE_ATTRIBUTE, NODE_DOC = 1, 5, 6
 FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA = 4, 5, 7, 9, 10, 11
 EXTERNAL_DATA: Final = 13
 PAYLOAD_FIELDS: Final = frozenset({FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA})
@@ -112,12 +113,21 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class NodeLayout:
-    """Where one node lies: its whole field, its inputs (whole fields), and the messages around it, outermost first."""
+    """Where one node lies: its whole field, its inputs (whole fields), and the messages around it, outermost first.
 
+    ``number`` is the field number it has there: nodes of a graph and of a function have different ones.
+    """
+
+    number: int
     field: Span
     message: Message
     inputs: tuple[Span, ...]
     enclosing: tuple[Message, ...]
+
+    @property
+    def in_main_graph(self) -> bool:
+        """Whether the node lies in the model's graph itself and not in a subgraph or function."""
+        return len(self.enclosing) == 1 and self.number == GRAPH_NODE
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,34 +322,34 @@ class _Walk:
                     merged[number] = ticket
                 skeleton = self.tensor(inner.body, ticket, (*enclosing, inner))
             elif child == "NodeProto":
-                skeleton = self.node(Span(tag_start, end), inner, enclosing)
+                skeleton = self.node(number, Span(tag_start, end), inner, enclosing)
             else:
                 skeleton = self.message(_KINDS[child], inner.body, (*enclosing, inner))
             pieces += (encode_varint(number << 3 | LENGTH), encode_varint(len(skeleton)), skeleton)
         pieces.append(self.copy(kept, body.end))
         return b"".join(pieces)
 
-    def node(self, whole: Span, message: Message, enclosing: tuple[Message, ...]) -> bytes:
+    def node(self, number: int, whole: Span, message: Message, enclosing: tuple[Message, ...]) -> bytes:
         """The skeleton of a node: attributes walked, its documentation replaced by its ticket."""
         ticket = len(self.nodes)
         self.nodes.append(None)
         pieces: list[bytes] = []
         inputs: list[Span] = []
         kept = message.body.start
-        for number, wire, tag_start, start, end in self.fields(message.body.start, message.body.end):
-            if wire != LENGTH or number not in {NODE_INPUT, 5, NODE_DOC}:
+        for part, wire, tag_start, start, end in self.fields(message.body.start, message.body.end):
+            if wire != LENGTH or part not in {NODE_INPUT, NODE_ATTRIBUTE, NODE_DOC}:
                 continue
-            if number == NODE_INPUT:
+            if part == NODE_INPUT:
                 inputs.append(Span(tag_start, end))
                 continue
             pieces.append(self.copy(kept, tag_start))
             kept = end
-            if number == 5:
+            if part == NODE_ATTRIBUTE:
                 inner = Message(Span(self.varint(tag_start, end)[1], start), Span(start, end))
                 skeleton = self.message(_KINDS["AttributeProto"], inner.body, (*enclosing, message, inner))
-                pieces += (encode_varint(5 << 3 | LENGTH), encode_varint(len(skeleton)), skeleton)
+                pieces += (encode_varint(part << 3 | LENGTH), encode_varint(len(skeleton)), skeleton)
         pieces += (self.copy(kept, message.body.end), length_delimited(NODE_DOC, str(ticket).encode()))
-        self.nodes[ticket] = NodeLayout(whole, message, tuple(inputs), enclosing)
+        self.nodes[ticket] = NodeLayout(number, whole, message, tuple(inputs), enclosing)
         return b"".join(pieces)
 
     def tensor(self, body: Span, ticket: int, enclosing: tuple[Message, ...]) -> bytes:

@@ -1,0 +1,337 @@
+"""Silenced channels → edits of bytes: which bytes of which file become what.
+
+A constant is patched in place where its elements lie in order in a file and everything that reads them wants the same
+elements silent. Otherwise the node gets a constant of its own, a Constant node written in front of it, and the shared
+tensor stays as it is (*un-shared*).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto, helper
+
+from onnx_clp.model.constants import Constant, Constants, Derived, per_axis
+from onnx_clp.model.graph import MISSING, Graph, Node
+from onnx_clp.model.tensors import Array, Place, Stored, place
+from onnx_clp.model.wire import NODE_INPUT, Edit, Span, length_delimited
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Knob:
+    """A constant that silences channel k where its slice of channel k is made zero (or the zero point).
+
+    Attributes:
+        node: The node that reads it.
+        position: At which input.
+        axis: The axis of the channels, counted from the end (negative).
+        groups: 1, but for a ConvTranspose kernel, whose output channels lie in groups over its first axis.
+        zero_point: Position of the input that holds the zero point; MISSING where zero is zero.
+    """
+
+    node: Node
+    position: int
+    axis: int
+    groups: int = 1
+    zero_point: int = MISSING
+
+    @property
+    def value(self) -> int:
+        """The value of the constant."""
+        return self.node.inputs[self.position]
+
+    @property
+    def edge(self) -> tuple[int, int]:
+        """The node's index and the position: who reads, and where."""
+        return (self.node.index, self.position)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a rewrite changes.
+
+    Attributes:
+        edits: By file: the empty string for the model file, else the location of an external data file.
+        unshared: Names of the tensors that a node got a copy of its own of.
+        refused: Nodes whose channels cannot be silenced, by index, with the reason; none of their edits are in the plan.
+    """
+
+    edits: Mapping[str, tuple[Edit, ...]]
+    unshared: tuple[str, ...]
+    refused: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Patch:
+    """The elements of one stored tensor that one knob wants silent: flat indexes, ascending, and their new values."""
+
+    knob: Knob
+    root: Stored
+    where: Place
+    indices: Indices
+    values: Array
+
+    @property
+    def signature(self) -> tuple[bytes, bytes]:
+        return (self.indices.tobytes(), self.values.tobytes())
+
+    def edits(self) -> Iterator[Edit]:
+        size = self.root.dtype.itemsize
+        for run in np.split(np.arange(self.indices.size), np.flatnonzero(np.diff(self.indices) != 1) + 1):
+            start = self.where.offset + int(self.indices[run[0]]) * size
+            content = self.values[run].tobytes()
+            yield Edit(Span(start, start + len(content)), content)
+
+
+def plan(constants: Constants, graph: Graph, wanted: Sequence[tuple[Sequence[Knob], Sequence[int]]]) -> Plan:
+    """Plan how to silence channels.
+
+    Args:
+        constants: The constants of ``graph``.
+        graph: The graph.
+        wanted: For each site its knobs and the channels to silence.
+
+    Raises PayloadError where a constant cannot be read.
+    """
+    return _Planner(constants, graph).plan(wanted)
+
+
+@dataclass(slots=True)
+class _Planner:
+    constants: Constants
+    graph: Graph
+    names: set[str] = field(default_factory=set)
+    unshared: list[str] = field(default_factory=list)
+    written: dict[tuple[int, int], bytes] = field(default_factory=dict)
+
+    def plan(self, wanted: Sequence[tuple[Sequence[Knob], Sequence[int]]]) -> Plan:
+        self.names.update(self.graph.names)
+        readers = self.readers()
+        overlapping = _overlapping(readers)
+        patches: dict[Place, list[_Patch]] = defaultdict(list)
+        copies: list[tuple[Knob, Array]] = []
+        owner: dict[tuple[int, int], int] = {}
+        for position, (knobs, channels) in enumerate(wanted):
+            for knob in knobs:
+                owner[knob.edge] = position
+                current = self.constants.array(knob.value)
+                silent = self.silenced(knob, channels, current)
+                if np.array_equal(current, silent):
+                    continue
+                patch = self.patch(knob, channels)
+                if patch is None:
+                    copies.append((knob, silent))
+                else:
+                    patches[patch.where].append(patch)
+        edits: dict[str, list[Edit]] = defaultdict(list)
+        refused: dict[int, str] = {}
+        for where, group in patches.items():
+            agreed = len({patch.signature for patch in group}) == 1
+            alone = {patch.knob.edge for patch in group} == readers[where] and where not in overlapping
+            if agreed and alone:
+                edits[where.location] += group[0].edits()
+            else:
+                for patch in group:
+                    channels = wanted[owner[patch.knob.edge]][1]
+                    copies.append((patch.knob, self.silenced(patch.knob, channels, self.constants.array(patch.knob.value))))
+        for knob, silent in copies:
+            reason = self.refusal(knob, copies)
+            if reason:
+                refused[owner[knob.edge]] = reason
+            else:
+                edits[""] += self.own_constant(knob, silent)
+        return Plan({location: tuple(group) for location, group in edits.items()}, tuple(self.unshared), refused)
+
+    def silenced(self, knob: Knob, channels: Sequence[int], current: Array) -> Array:
+        """``current``, the array that ``knob`` turns, with ``channels`` silent."""
+        silent = current.copy()
+        rest = self.rest(knob, current)
+        for channel in channels:
+            selection = _selection(current.shape, knob, channel)
+            silent[selection] = np.broadcast_to(rest, current.shape)[selection]
+        return silent
+
+    def rest(self, knob: Knob, data: Array) -> Array:
+        """The value of a silent element: zero, or the zero point, in a form that broadcasts against ``data``."""
+        value = knob.node.input(knob.zero_point) if knob.zero_point != MISSING else MISSING
+        zero = np.zeros((), data.dtype) if value == MISSING else self.constants.array(value).astype(data.dtype)
+        return per_axis(zero, data, 0, 1)
+
+    def readers(self) -> dict[Place, set[tuple[int, int]]]:
+        """Who reads each place of a file: edges into nodes that make no constant, and outputs of the model (node −1)."""
+        found: dict[Place, set[tuple[int, int]]] = defaultdict(set)
+        edges = [
+            ((node.index, position), value)
+            for node in self.graph.nodes
+            if not all(made == MISSING or self.constants.get(made) is not None for made in node.outputs)
+            for position, value in enumerate(node.inputs)
+        ]
+        edges += [((MISSING, value), value) for value in self.graph.outputs]
+        for edge, value in edges:
+            constant = self.constants.get(value) if value != MISSING else None
+            for root in _roots(constant):
+                where = self.constants.place(root)
+                if where is not None:
+                    found[where].add(edge)
+        return found
+
+    def patch(self, knob: Knob, channels: Sequence[int]) -> _Patch | None:
+        """What ``knob`` wants of a stored tensor; None where the elements cannot be followed to one, or lie in no order."""
+        constant = self.constants.get(knob.value)
+        chain: list[Derived] = []
+        while isinstance(constant, Derived):
+            chain.append(constant)
+            constant = _carrier(constant)
+        if not isinstance(constant, Stored):
+            return None
+        where = self.constants.place(constant)
+        if where is None:
+            return None
+        if not chain:
+            indices = _flat(constant.shape, knob, channels)
+            rest = self.rest(knob, np.broadcast_to(np.zeros((), constant.dtype), constant.shape))
+            values = np.broadcast_to(rest, constant.shape).flat[indices]
+        else:
+            positions = np.arange(constant.size).reshape(constant.shape)
+            silent = np.zeros((), constant.dtype)
+            quantised = False
+            for step in reversed(chain):
+                name = step.node.op_type
+                if name == "DequantizeLinear" and not quantised:
+                    zero = step.operands[2] if len(step.operands) > 2 else None
+                    if zero is not None:
+                        axis, block = step.node.integer("axis", 1), step.node.integer("block_size", 0)
+                        silent = per_axis(self.constants.evaluate(zero), positions, axis, block)
+                        silent = np.broadcast_to(silent, positions.shape)
+                elif name == "QuantizeLinear":
+                    quantised = True
+                elif name in _VIEWS:
+                    positions = self.constants.view(step, positions)
+                    silent = self.constants.view(step, silent) if silent.ndim else silent
+            if knob.zero_point != MISSING:
+                silent = np.broadcast_to(self.rest(knob, positions.astype(constant.dtype)), positions.shape)
+            chosen = _flat(positions.shape, knob, channels)
+            order = np.argsort(positions.flat[chosen], kind="stable")
+            indices = positions.flat[chosen][order]
+            values = np.broadcast_to(silent, positions.shape).flat[chosen][order]
+        return _Patch(knob, constant, where, indices, np.asarray(values).astype(constant.dtype))
+
+    def refusal(self, knob: Knob, copies: Sequence[tuple[Knob, Array]]) -> str:
+        """Why ``knob`` cannot have a constant of its own; empty where it can."""
+        layout = knob.node.layout
+        if layout is None or knob.position >= len(layout.inputs):
+            return "its constants belong to no node of the file"
+        twins = {node.index for node in self.graph.nodes if node.layout is layout}
+        wanted = {other.node.index: silent for other, silent in copies if other.position == knob.position}
+        silent = wanted[knob.node.index]
+        if any(index not in wanted or not np.array_equal(wanted[index], silent) for index in twins):
+            return "it lies in a function that is called more than once, and the other calls use the same constants"
+        return ""
+
+    def own_constant(self, knob: Knob, silent: Array) -> Iterator[Edit]:
+        """Edits that put a Constant node with ``silent`` in front of the node and make the node read it."""
+        layout = knob.node.layout
+        assert layout is not None
+        key = (layout.field.start, knob.position)
+        content = silent.tobytes()
+        if key in self.written:
+            return
+        self.written[key] = content
+        original = self.graph.name_of(knob.value)
+        name = next(free for free in _free_names(original) if free not in self.names)
+        self.names.add(name)
+        self.unshared.append(original)
+        data_type = helper.np_dtype_to_tensor_dtype(silent.dtype)
+        tensor = TensorProto(name=name, dims=silent.shape, data_type=data_type, raw_data=content)
+        node = NodeProto(op_type="Constant", output=[name], name=name)
+        node.attribute.append(helper.make_attribute("value", tensor))
+        start = layout.field.start
+        yield Edit(Span(start, start), length_delimited(layout.number, node.SerializeToString()), layout.enclosing)
+        renamed = length_delimited(NODE_INPUT, name.encode())
+        yield Edit(layout.inputs[knob.position], renamed, (*layout.enclosing, layout.message))
+
+
+_VIEWS: Final = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+_PASSING: Final = _VIEWS | {"Cast", "DequantizeLinear", "QuantizeLinear"}
+
+
+def _carrier(constant: Derived) -> Constant | None:
+    """The operand whose silent elements make those of ``constant`` silent; None where no single one does."""
+    if constant.node.op_type in _PASSING:
+        return constant.operands[0]
+    if constant.node.op_type in {"Mul", "Div"}:
+        candidates = constant.operands if constant.node.op_type == "Mul" else constant.operands[:1]
+        for operand in candidates:
+            if operand is not None and tuple(operand.shape) == constant.shape:
+                return operand
+    return None
+
+
+def _roots(constant: Constant | None) -> Iterator[Stored]:
+    """The stored tensors that ``constant`` is made of."""
+    pending = [constant]
+    seen: set[int] = set()
+    while pending:
+        top = pending.pop()
+        if top is None or id(top) in seen:
+            continue
+        seen.add(id(top))
+        if isinstance(top, Stored):
+            yield top
+        elif isinstance(top, Derived):
+            pending += top.operands
+
+
+def _overlapping(places: Iterable[Place]) -> set[Place]:
+    """Places that share bytes with another one."""
+    found: set[Place] = set()
+    previous: Place | None = None
+    for current in sorted(places, key=lambda where: (where.location, where.offset, where.length)):
+        if previous is not None and current.location == previous.location:
+            if current.offset < previous.offset + previous.length:
+                found |= {previous, current}
+            if current.offset + current.length < previous.offset + previous.length:
+                continue
+        previous = current
+    return found
+
+
+def _selection(shape: tuple[int, ...], knob: Knob, channel: int) -> tuple[slice | int, ...]:
+    """The slice of ``channel`` in an array of ``shape``."""
+    axis = len(shape) + knob.axis
+    selection: list[slice | int] = [slice(None)] * len(shape)
+    per_group = shape[axis]
+    selection[axis] = channel % per_group if knob.groups > 1 else channel
+    if knob.groups > 1:
+        rows = shape[0] // knob.groups
+        group = channel // per_group
+        selection[0] = slice(group * rows, (group + 1) * rows)
+    return tuple(selection)
+
+
+def _flat(shape: tuple[int, ...], knob: Knob, channels: Sequence[int]) -> Indices:
+    """The flat indexes, ascending, of the slices of ``channels`` in an array of ``shape``."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    parts: list[Indices] = []
+    for channel in channels:
+        flat = np.zeros((), np.int64)
+        for chosen, size, stride in zip(_selection(shape, knob, channel), shape, strides, strict=True):
+            steps = np.arange(size)[chosen] if isinstance(chosen, slice) else np.array([chosen])
+            flat = np.add.outer(flat, steps * stride)
+        parts.append(flat.ravel())
+    return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+
+
+def _free_names(original: str) -> Iterator[str]:
+    yield f"{original}__silenced"
+    for number in range(2, 1 << 62):
+        yield f"{original}__silenced_{number}"
+

@@ -1,0 +1,194 @@
+"""Edits → files: the patched copy, written beside its destination, ready to be verified and moved into place.
+
+The copy and its data files are made in a new folder next to the destination, under their final names, so that what is
+verified is what will be used; moving them is a rename on one filesystem each, the model last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import StringStringEntryProto, TensorProto
+
+from onnx_clp.errors import UsageError, VerificationError
+from onnx_clp.model.file import ModelFile
+from onnx_clp.model.wire import (
+    COPY_BLOCK,
+    EXTERNAL_DATA,
+    MODEL_METADATA,
+    ByteSource,
+    Edit,
+    Span,
+    copy_with_edits,
+    length_delimited,
+    with_lengths,
+)
+
+METADATA_PREFIX = "onnx_clp."
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A patched copy that is not in place yet.
+
+    Attributes:
+        folder: The temporary folder that holds it.
+        model: The copy of the model in it.
+        files: Every file in it, as (source it was copied from, edits, path); the model last.
+    """
+
+    folder: Path
+    model: Path
+    files: tuple[tuple[ByteSource, tuple[Edit, ...], Path], ...]
+
+
+def data_names(file: ModelFile, destination: Path) -> dict[str, str]:
+    """A new name for each external data file the model refers to, made to fit ``destination``.
+
+    A name that begins like the model's own goes on as the new model's; any other is put behind it. In place, names stay.
+    """
+    locations = sorted({entry for entry in _locations(file)})
+    if destination.resolve() == file.path.resolve():
+        return {location: location for location in locations}
+    names: dict[str, str] = {}
+    for location in locations:
+        base = location.replace("\\", "/").rsplit("/", 1)[-1]
+        for old, new in ((file.path.name, destination.name), (file.path.stem, destination.stem)):
+            if base.startswith(old):
+                fitted = new + base[len(old) :]
+                break
+        else:
+            fitted = f"{destination.stem}.{base}"
+        unique, number = fitted, 2
+        while unique in names.values() or unique == destination.name:
+            unique, number = f"{fitted}.{number}", number + 1
+        names[location] = unique
+    return names
+
+
+def _locations(file: ModelFile) -> Iterator[str]:
+    for payload in file.layout.payloads:
+        for span, _ in payload.external:
+            entry = _entry(file, span)
+            if entry.key == "location":
+                yield entry.value
+
+
+def _entry(file: ModelFile, span: Span) -> StringStringEntryProto:
+    """The ``external_data`` entry that lies at ``span`` of the model file."""
+    # Read as the only field of a TensorProto, which is what it is part of.
+    return TensorProto.FromString(file.source.read(span.start, len(span))).external_data[0]
+
+
+def location_edits(file: ModelFile, names: Mapping[str, str]) -> Iterator[Edit]:
+    """Edits that make the model refer to the new names of its data files."""
+    for payload in file.layout.payloads:
+        for span, enclosing in payload.external:
+            entry = _entry(file, span)
+            if entry.key == "location" and names[entry.value] != entry.value:
+                entry.value = names[entry.value]
+                yield Edit(span, length_delimited(EXTERNAL_DATA, entry.SerializeToString()), enclosing)
+
+
+def metadata_edits(file: ModelFile, entries: Mapping[str, str]) -> Iterator[Edit]:
+    """Edits that replace the model's ``onnx_clp.*`` metadata with ``entries``, which get that prefix."""
+    for span, known in zip(file.layout.metadata, file.proto.metadata_props, strict=True):
+        if known.key.startswith(METADATA_PREFIX):
+            yield Edit(span, b"")
+    content = b"".join(
+        length_delimited(
+            MODEL_METADATA, StringStringEntryProto(key=METADATA_PREFIX + key, value=value).SerializeToString()
+        )
+        for key, value in entries.items()
+    )
+    yield Edit(Span(file.source.size, file.source.size), content)
+
+
+@contextmanager
+def rewritten(
+    file: ModelFile, edits: Mapping[str, tuple[Edit, ...]], names: Mapping[str, str], destination: Path
+) -> Iterator[Rewrite]:
+    """Write the patched copies into a new folder beside ``destination``; the folder is gone at the end, come what may.
+
+    Args:
+        file: The model to copy.
+        edits: By file: the empty string for the model, else the location of a data file.
+        names: The new name of each data file, by location.
+        destination: Where the model will be moved.
+
+    Raises:
+        UsageError: The folder of ``destination`` does not exist or cannot be written to, or the disk is full.
+    """
+    parent = destination.parent
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name[:64]}.", suffix=".tmp", dir=parent))
+    except OSError as error:
+        raise UsageError(f"cannot write to {parent}: {error.strerror}") from error
+    try:
+        files = [
+            (file.data_file(location).source, with_lengths(edits.get(location, ())), folder / name)
+            for location, name in names.items()
+        ]
+        files.append((file.source, with_lengths(edits.get("", ())), folder / destination.name))
+        for source, changes, path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(source, changes, path)
+        yield Rewrite(folder, folder / destination.name, tuple(files))
+    except OSError as error:
+        raise UsageError(f"cannot write {destination}: {error.strerror or error}", "nothing was left behind") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(source: ByteSource, edits: tuple[Edit, ...], path: Path) -> None:
+    with path.open("xb") as out:
+        copy_with_edits(source, edits, out.write)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def check_bytes(rewrite: Rewrite) -> int:
+    """Compare every written file with its source: equal but for the edits.
+
+    Returns the number of bytes that the edits replaced. Raises VerificationError where anything else differs, also
+    where a source was changed while it was copied.
+    """
+    changed = 0
+    for source, edits, path in rewrite.files:
+        if not source.unchanged():
+            raise VerificationError(f"{source.path} was changed by somebody else while it was copied", "run again")
+        written = ByteSource(path)
+        try:
+            position = 0
+
+            def compare(expected: bytes, written: ByteSource = written) -> None:
+                nonlocal position
+                if written.read(position, len(expected)) != expected:
+                    raise VerificationError(f"the copy differs from {source.path} where nothing was to change")
+                position += len(expected)
+
+            copy_with_edits(source, edits, compare)
+            if position != written.size:
+                raise VerificationError(f"the copy of {source.path} has {written.size - position} bytes too many")
+        finally:
+            written.close()
+        changed += sum(len(edit.span) for edit in edits)
+    return changed
+
+
+def move_into_place(rewrite: Rewrite, destination: Path) -> None:
+    """Rename the files to their places, data files first. Raises UsageError where that fails."""
+    try:
+        for _, _, path in rewrite.files:
+            target = destination.parent / path.relative_to(rewrite.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    except OSError as error:
+        raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error
+
