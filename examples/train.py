@@ -183,7 +183,7 @@ def parse_arguments() -> Options:
         default=here / "backdoored.onnx",
         help="file to write; FILE_bn.onnx beside it keeps BatchNorm (%(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all randomness (%(default)s)")
+    parser.add_argument("--seed", type=int, default=2, help="seed of all randomness (%(default)s)")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images (%(default)s)")
     parser.add_argument("-u", type=float, default=3.0, help="outlier threshold in standard deviations (%(default)s)")
     return Options(**vars(parser.parse_args()))

@@ -1,0 +1,5 @@
+"""``python -m onnx_clp``."""
+
+from onnx_clp.cli import main
+
+main()

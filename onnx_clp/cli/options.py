@@ -1,0 +1,80 @@
+"""Options that commands share, and how a report reaches the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnx_clp.errors import UsageError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Share(click.ParamType):
+    """A share of a whole: ``10%`` or ``0.1``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``value`` as a number between 0 and 1."""
+        if isinstance(value, float):
+            return value
+        try:
+            share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r} is no share: give 10% or 0.1", param, ctx)
+        return share
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command has."""
+    for option in reversed(
+        (
+            click.option("-u", "u", type=float, default=3.0, show_default=True, metavar="NUMBER",
+                         help="Flag a channel above mean + NUMBER·std of its layer."),
+            click.option("--count-dead", is_flag=True,
+                         help="Count channels of bound 0 in mean and std, as the published code does."),
+            click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True,
+                         help="Format of the report."),
+            click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+                         help="Write the report to FILE instead of stdout."),
+            click.option("-q", "--quiet", is_flag=True, help="No report on stdout, no progress."),
+            click.option("-v", "--verbose", is_flag=True, help="Every layer and every skipped part."),
+            click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def deliver(report: str, output: Path | None, *, quiet: bool) -> None:
+    """Put the report where it was asked for. Raises UsageError where ``output`` cannot be written."""
+    if output is not None:
+        try:
+            output.write_text(report, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    elif not quiet:
+        # A terminal that cannot show a character of a name gets a question mark, not a traceback.
+        encoding = sys.stdout.encoding or "utf-8"
+        click.echo(report.encode(encoding, "replace").decode(encoding), nl=False)
+
+
+def terminal_style(output: Path | None) -> Callable[[str, str], str]:
+    """Colours where stdout is a terminal and NO_COLOR (https://no-color.org) is not set."""
+    styles: dict[str, dict[str, Any]] = {
+        "head": {"bold": True},
+        "bad": {"fg": "red"},
+        "warn": {"fg": "yellow"},
+        "good": {"fg": "green"},
+        "dim": {"dim": True},
+    }
+    coloured = output is None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return lambda text, name: click.style(text, **styles[name]) if coloured else text

@@ -1,0 +1,1 @@
+"""Reports as text of one format each: ``render(…) -> str``. Nothing here prints, and nothing imports onnx."""

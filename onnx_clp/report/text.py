@@ -1,0 +1,159 @@
+"""The report that a person reads in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Final
+
+from onnx_clp.report.words import count, listed, number, printable, shortened
+
+if TYPE_CHECKING:
+    from onnx_clp.report.outcome import Outcome
+    from onnx_clp.sanitize import SanitizeReport
+    from onnx_clp.scan import Layer, ScanReport
+
+Style = Callable[[str, str], str]
+"""Text and one of the styles ``head``, ``bad``, ``warn``, ``good``, ``dim`` → text, coloured where the terminal is."""
+
+NAMES_SHOWN: Final = 3
+CHANNELS_SHOWN: Final = 5
+NAME_WIDTH: Final = 48
+_STATUS_WORDS: Final = {
+    "too-few-channels": "too few channels to judge",
+    "zero-spread": "all bounds equal",
+    "dead": "every channel is dead",
+}
+
+
+def plain(text: str, _: str) -> str:
+    """The style of a file or a pipe: none."""
+    return text
+
+
+def render(outcomes: Iterable[Outcome], style: Style = plain, *, verbose: bool = False) -> str:
+    """The reports of a scan, one after the other."""
+    return "\n".join("\n".join(_outcome(outcome, style, verbose)) + "\n" for outcome in outcomes)
+
+
+def _outcome(outcome: Outcome, style: Style, verbose: bool) -> Iterator[str]:  # noqa: FBT001  # one reader, here
+    yield style(printable(outcome.path, 1000), "head")
+    if outcome.report is None:
+        yield f"  {style('error', 'bad')}     {printable(str(outcome.error), 1000)}"
+        return
+    yield from scan_lines(outcome.report, style, verbose=verbose)
+
+
+def scan_lines(report: ScanReport, style: Style, *, verbose: bool, table: bool = True) -> Iterator[str]:
+    """The lines of one scan, without the path; with ``table`` its layers too."""
+    yield f"  coverage  {_coverage(report, style)}"
+    for reason, parts in groupby(sorted(report.skipped, key=lambda part: part.reason), key=lambda part: part.reason):
+        skipped = list(parts)
+        if verbose:
+            for part in skipped:
+                yield f"            skipped {printable(part.name)} ({printable(part.operator)}, {reason}): {printable(part.detail, 300)}"
+        else:
+            names = listed((printable(part.name, 40) for part in skipped), NAMES_SHOWN)
+            yield f"            {style(f'skipped {len(skipped)}', 'warn')} as {reason}: {names}"
+    for status, words in _STATUS_WORDS.items():
+        layers = [layer for layer in report.layers if layer.status == status]
+        if layers:
+            names = listed((printable(layer.name, 40) for layer in layers), len(layers) if verbose else NAMES_SHOWN)
+            yield f"            {style(f'{words}:', 'warn')} {count(len(layers), 'layer')} ({names})"
+    yield f"  outliers  {_outliers(report, style)}"
+    if report.non_finite_channels:
+        hit = [layer for layer in report.layers if layer.non_finite]
+        text = f"{count(report.non_finite_channels, 'channel')} in {count(len(hit), 'layer')}"
+        yield f"  {style('NaN, Inf', 'bad')}  {text}: {listed((printable(layer.name, 40) for layer in hit), NAMES_SHOWN)}"
+    if report.dead_channels:
+        where = count(sum(bool(layer.dead) for layer in report.layers), "layer")
+        kept = "counted in" if report.count_dead else "left out of"
+        yield f"  dead      {count(report.dead_channels, 'channel')} in {where} with bound 0, {kept} mean and std"
+    overridable = sorted({name for layer in report.layers for name in layer.overridable})
+    if overridable:
+        shown = listed((printable(name, 40) for name in overridable), NAMES_SHOWN)
+        yield f"  inputs    {count(len(overridable), 'weight')} can be overridden by a caller, judged by default: {shown}"
+    shown_layers = [layer for layer in report.layers if verbose or layer.flagged or layer.non_finite]
+    if table and shown_layers:
+        yield ""
+        yield from _table(shown_layers, style, verbose=verbose)
+
+
+def _coverage(report: ScanReport, style: Style) -> str:
+    judged = [layer for layer in report.layers if layer.judged]
+    parts = len(report.layers) + len(report.skipped)
+    if not parts:
+        return style("nothing to analyse: no convolution and no BatchNormalization", "bad")
+    text = f"{len(judged)} of {count(parts, 'layer')} judged, {count(report.judged_channels, 'channel')}"
+    return style(text, "good" if report.complete else "warn" if judged else "bad")
+
+
+def _outliers(report: ScanReport, style: Style) -> str:
+    rule = f"above mean + {report.u:g}·std of its layer"
+    if not report.analysed:
+        return style("nothing could be judged, which is not the same as clean", "bad")
+    layers = sum(bool(layer.flagged) for layer in report.layers)
+    if not layers:
+        return style(f"no channel {rule}", "good")
+    return style(f"{count(report.flagged_channels, 'channel')} in {count(layers, 'layer')} {rule}", "bad")
+
+
+def _table(layers: list[Layer], style: Style, *, verbose: bool) -> Iterator[str]:
+    """One row a layer, its flagged channels one below the other in the last column."""
+    names = [printable(layer.name) if verbose else shortened(layer.name, NAME_WIDTH) for layer in layers]
+    kinds = [layer.kind.replace("BatchNormalization", "BN") for layer in layers]
+    wide, kind_wide = max(map(len, [*names, "layer"])), max(map(len, [*kinds, "kind"]))
+    titles = f"{'channels':>8}  {'mean':>9}  {'std':>9}  {'threshold':>9}  flagged"
+    yield style(f"  {'layer':<{wide}}  {'kind':<{kind_wide}}  {titles}", "dim")
+    for layer, name, kind in zip(layers, names, kinds, strict=True):
+        numbers = f"{number(layer.mean):>9}  {number(layer.std):>9}  {number(layer.threshold):>9}"
+        row = f"  {name:<{wide}}  {kind:<{kind_wide}}  {layer.channels:>8,}  {numbers}  "
+        indent = " " * len(row)
+        for line in _flagged(layer, style, verbose=verbose) or [style(_unflagged(layer), "dim")]:
+            yield row + line
+            row = indent
+
+
+def _flagged(layer: Layer, style: Style, *, verbose: bool) -> list[str]:
+    """A line for each flagged channel, largest z first, and one for those that are not finite."""
+    shown = layer.flagged if verbose else layer.flagged[:CHANNELS_SHOWN]
+    lines = [
+        style(f"{channel.index:>5}", "bad") + f"  bound {number(channel.bound):<9}  z {channel.z:.2f}" for channel in shown
+    ]
+    if len(shown) < len(layer.flagged):
+        lines.append(style(f"      and {len(layer.flagged) - len(shown)} more (-v shows them)", "dim"))
+    if layer.non_finite:
+        lines.append(style(f"NaN or Inf in channel {listed(map(str, layer.non_finite), CHANNELS_SHOWN)}", "bad"))
+    return lines
+
+
+def _unflagged(layer: Layer) -> str:
+    return _STATUS_WORDS.get(layer.status, "none")
+
+
+def render_sanitize(report: SanitizeReport, style: Style = plain, *, verbose: bool = False) -> str:
+    """The report of a rewrite."""
+    return "\n".join(_sanitize(report, style, verbose)) + "\n"
+
+
+def _sanitize(report: SanitizeReport, style: Style, verbose: bool) -> Iterator[str]:  # noqa: FBT001  # one reader, here
+    source, destination = printable(report.source, 1000), printable(report.destination, 1000)
+    yield style(f"{source} → {destination}", "head") + ("" if report.written else style("  (dry run)", "warn"))
+    yield from scan_lines(report.before, style, verbose=verbose, table=verbose)
+    verb = "silenced" if report.written else "would silence"
+    layers = count(len(report.silenced), "layer")
+    yield f"  {style(verb, 'head'):<10}  {count(report.silenced_channels, 'channel')} in {layers}"
+    for part in report.silenced:
+        channels = listed(map(str, part.channels), len(part.channels) if verbose else CHANNELS_SHOWN)
+        yield f"              {shortened(part.layer, NAME_WIDTH)}: {channels}"
+    for left in report.left:
+        channels = listed(map(str, left.channels), CHANNELS_SHOWN)
+        yield f"  {style('left', 'warn')}      {shortened(left.layer, NAME_WIDTH)}: channel {channels}: {printable(left.reason, 300)}"
+    if report.unshared:
+        names = listed((printable(name, 40) for name in report.unshared), NAMES_SHOWN)
+        yield f"  unshared  {count(len(report.unshared), 'tensor')} that fed something else too: {names}"
+    for check in report.checks:
+        mark = style("passed", "good") if check.passed else style("not made", "warn")
+        yield f"  {mark}  {check.name}: {printable(check.detail, 300)}"
+    if report.written:
+        yield f"  written   {listed((printable(name) for name in report.files), NAMES_SHOWN)}, sha256 {report.output_sha256}"
