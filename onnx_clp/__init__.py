@@ -1,8 +1,8 @@
 """onnx-clp: find and silence outlier channels of ONNX models by Channel Lipschitzness (CLP).
 
-    >>> import onnx_clp
-    >>> report = onnx_clp.scan("model.onnx")
-    >>> report.flagged_channels
+>>> import onnx_clp
+>>> report = onnx_clp.scan("model.onnx")
+>>> report.flagged_channels
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from onnx_clp._version import __version__
 from onnx_clp.errors import ModelFileError, OnnxClpError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from onnx_clp.sanitize import Check, Left, SanitizeReport, Silenced, sanitize
+    from onnx_clp.sanitize import Left, SanitizeReport, Silenced, sanitize
     from onnx_clp.scan import Channel, Layer, ScanReport, SkippedPart, scan
+    from onnx_clp.verify import Check
 
 __all__ = [
     "Channel",

@@ -34,12 +34,18 @@ __all__ = ["spectral_norms"]
 
 Float64s: TypeAlias = NDArray[np.float64]
 
-TOLERANCE = 1e-9
-"""Largest relative error of σ_max left by the interval: four digits beyond what a comparison of channels needs."""
+TOLERANCE, TOLERANCE_SINGLE = 1e-9, 5e-7
+"""Largest relative error of σ_max left by the interval, where the Gram matrix is in float64 and in float32."""
+
+SLAB = 256
+"""Rows that one product of matrices sums up, before float64 goes on: this bounds the rounding of float32."""
 
 BLOCK = 2**18
-"""Most float64 elements of one intermediate array: 2 MB, about the second-level cache, and large enough that the calls
-into NumPy cost little. About six such arrays live at once, 12 MB; one Gram matrix beyond 512 × 512 is larger."""
+"""Most float64 elements of one batch of Gram matrices: 2 MB, about the second-level cache, and large enough that the
+calls into NumPy cost little. About six such arrays live at once, 12 MB; one Gram matrix beyond 512 × 512 is larger."""
+
+SAFE = 2.0**-80, 2.0**80
+"""Where the trace of a Gram matrix in float32 lies if neither overflow nor underflow can have mattered."""
 
 FIRST_SQUARINGS, NEXT_SQUARINGS = 6, 2
 """Squarings before the first and between later looks at the interval. Between looks nothing is normalised:
@@ -47,24 +53,6 @@ tr M^64 ≥ m^-63 stays far above the smallest float64 for any Gram matrix that 
 
 
 def spectral_norms(kernel: NDArray[Any]) -> Float64s:
-    """Return σ_max of each channel's kernel matrix.
-
-    Args:
-        kernel: shape (channels, rows, columns), rows = C_in/groups, columns = product of the spatial sizes. Any real
-            dtype that casts to float64 (float16, float32, float64, bfloat16, float8, integers); any strides.
-
-    Returns:
-        float64, shape (channels,). The relative error is at most ``TOLERANCE`` + max(rows, columns) · min(rows,
-        columns) · 2⁻⁵³, the second term from rounding in the Gram matrix. Exactly 0.0 if and only if all of the
-        channel is zero (or it has no elements); nan where the channel holds NaN; inf where it holds an infinity and no
-        NaN, or where σ_max itself exceeds the largest float64. Equal channels of one kernel get equal bits at any
-        position.
-
-    Raises:
-        ValueError: the kernel does not have three axes.
-        TypeError: the kernel is complex.
-
-    """
     if kernel.ndim != 3:  # noqa: PLR2004
         raise ValueError(f"a kernel has the axes (channels, rows, columns), not the shape {kernel.shape}")
     if np.iscomplexobj(kernel):
@@ -73,27 +61,34 @@ def spectral_norms(kernel: NDArray[Any]) -> Float64s:
     if kernel.size == 0:
         return norms
     tall = kernel if kernel.shape[1] >= kernel.shape[2] else kernel.transpose(0, 2, 1)
-    step = max(1, BLOCK // tall.shape[2] ** 2)
+    rows, m = tall.shape[1:]
+    # The slabs may be eight times as large as the Gram matrices: most are never copied.
+    step = max(1, BLOCK // (m * max(m, min(rows, SLAB) // 8)))
+    narrow = tall.dtype == np.float32 or tall.dtype.itemsize < np.dtype(np.float32).itemsize
     # Under- and overflow are meant here, and NaN and Inf travel through the products to the trace.
     with np.errstate(all="ignore"):
         for first in range(0, len(tall), step):
-            norms[first : first + step] = _norms_of_block(tall[first : first + step])
+            a, here = tall[first : first + step], norms[first : first + step]
+            careful = np.arange(len(a))
+            if narrow:
+                here[:], trace = _norms(_gram(a, np.float32), TOLERANCE_SINGLE)
+                careful = np.flatnonzero(~((trace > SAFE[0]) & (trace < SAFE[1])))
+            if careful.size:
+                exponent = _exponents(a)[careful]
+                gram = _gram(a, np.float64, careful, exponent)
+                here[careful] = np.ldexp(_norms(gram, TOLERANCE)[0], exponent)
     return norms
 
 
-def _norms_of_block(a: NDArray[Any]) -> Float64s:
-    """Return σ_max of each matrix of ``a``, shape (n, rows, m) with rows ≥ m."""
-    exponent = _exponents(a)
-    gram = _gram(a, np.ldexp(1.0, -exponent))
+def _norms(gram: Float64s, tolerance: float) -> tuple[Float64s, Float64s]:
+    """Return σ_max of the matrices whose Gram matrices these are, shape (n, m, m), and the traces."""
     # A sum of squares: 0 only if all are 0, nan if one is NaN, inf if one is infinite and none is NaN.
     trace = np.einsum("nii->n", gram)
     regular = np.isfinite(trace) & (trace > 0)
     eigenvalue = trace
     if gram.shape[1] > 1 and regular.any():
-        gram /= trace[:, None, None]
-        eigenvalue = np.where(regular, trace * _largest_eigenvalues(gram), trace)
-    norms: Float64s = np.ldexp(np.sqrt(eigenvalue), exponent)
-    return norms
+        eigenvalue = np.where(regular, trace * _largest_eigenvalues(gram / trace[:, None, None], tolerance), trace)
+    return np.sqrt(eigenvalue), trace
 
 
 def _exponents(a: NDArray[Any]) -> NDArray[np.intc]:
@@ -107,25 +102,35 @@ def _exponents(a: NDArray[Any]) -> NDArray[np.intc]:
     return np.maximum(exponent, -1000)
 
 
-def _gram(a: NDArray[Any], scale: Float64s) -> Float64s:
-    """Return (scale·A)ᵀ(scale·A) in float64 for each matrix A of ``a``, shape (n, rows, m)."""
-    n, rows, m = a.shape
-    gram = np.zeros((n, m, m))
-    channels, slab = max(1, BLOCK // (rows * m)), max(1, BLOCK // m)
-    for c in range(0, n, channels):
-        here = slice(c, c + channels)
-        for r in range(0, rows, slab):
-            x = a[here, r : r + slab].astype(np.float64, order="C")
-            if (scale[here] != 1).any():
-                x *= scale[here, None, None]
-            # For XᵀX, NumPy calls syrk, which takes twice the time of gemm at these sizes; all rows but one are gemm's.
-            gram[here, :-1] += x[:, :, :-1].transpose(0, 2, 1) @ x
-            gram[here, -1, -1] += np.einsum("nr,nr->n", x[:, :, -1], x[:, :, -1])
-    gram[:, -1, :-1] = gram[:, :-1, -1]
+def _gram(
+    a: NDArray[Any],
+    dtype: type[np.floating[Any]],
+    which: NDArray[np.intp] | None = None,
+    exponent: NDArray[np.intc] | None = None,
+) -> Float64s:
+    """Return (2^-e·A)ᵀ(2^-e·A) for each matrix A of ``a``, shape (n, rows, m): products in ``dtype``, slabs in float64."""
+    _, rows, m = a.shape
+    n = len(a) if which is None else len(which)
+    # For XᵀX, NumPy calls syrk, which takes twice the time of gemm at these sizes: all columns but one are gemm's.
+    columns, corner = np.zeros((n, m, m - 1)), np.zeros(n)
+    for r in range(0, rows, SLAB):
+        x = a[:, r : r + SLAB]
+        if which is not None and n < len(a):
+            x = x[which]
+        # BLAS reads rows or columns that lie in one piece.
+        if x.dtype != dtype or x.itemsize not in x.strides[1:]:
+            x = x.astype(dtype, order="C")
+        if exponent is not None and exponent.any():
+            x = np.ldexp(x, -exponent[:, None, None])
+        last = x[:, :, -1:]
+        columns += x.transpose(0, 2, 1) @ x[:, :, :-1]
+        corner += (last.transpose(0, 2, 1) @ last)[:, 0, 0]
+    gram = np.empty((n, m, m))
+    gram[:, :, :-1], gram[:, :-1, -1], gram[:, -1, -1] = columns, columns[:, -1], corner
     return gram
 
 
-def _largest_eigenvalues(m_p: Float64s) -> Float64s:
+def _largest_eigenvalues(m_p: Float64s, tolerance: float) -> Float64s:
     """Return λ₁ of positive semidefinite matrices of trace 1, shape (n, m, m), m > 1; anything for those with NaN."""
     n, m, _ = m_p.shape
     log_eigenvalue = np.empty(n)
@@ -143,7 +148,7 @@ def _largest_eigenvalues(m_p: Float64s) -> Float64s:
         lower = np.where(t > 0.5, (1 + np.sqrt(np.maximum(2 * t - 1, 0))) / 2, t)  # noqa: PLR2004
         log_eigenvalue[todo] = log_root + np.log((lower + upper) / 2) / p
         # Half the interval of μ₁, through the p-th root to λ₁ and the square root to σ_max.
-        wide = upper - lower > 4 * p * TOLERANCE * lower
+        wide = upper - lower > 4 * p * tolerance * lower
         if not wide.any():
             return np.exp(log_eigenvalue)
         todo, log_root = todo[wide], log_root[wide]

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.bounds import spectral_norms
+from onnx_clp.flow import Joined, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import Node
 from onnx_clp.model.tensors import PayloadError
 from onnx_clp.operators import kernel
 from onnx_clp.sites import Reason, Site, Skipped, Survey
-from onnx_clp.trace import Joined, Picked, Produced, Scaled, Source, Summed, Trace
 
 Bounds = npt.NDArray[np.float64]
 

@@ -106,8 +106,13 @@ def kernel(node: Node, constants: Constants) -> Array:
         if value != MISSING:
             parameter = constants.array(value).astype(np.float32)
             if parameter.size not in {1, weight.shape[0]}:
-                raise PayloadError(f"{node.op_type} with {parameter.size} scales or zero points for {weight.shape[0]} channels", "shape")
-            per_channel = parameter.reshape(-1, *[1] * (weight.ndim - 1)) if parameter.size > 1 else parameter.reshape(())
+                raise PayloadError(
+                    f"{node.op_type} with {parameter.size} scales or zero points for {weight.shape[0]} channels",
+                    "shape",
+                )
+            per_channel = (
+                parameter.reshape(-1, *[1] * (weight.ndim - 1)) if parameter.size > 1 else parameter.reshape(())
+            )
             weight = combine(weight.astype(np.float32), per_channel)
     kind = layout(node)
     if kind is KernelLayout.OUTPUT_FIRST:

@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 
 from onnx_clp.errors import UsageError, VerificationError
+from onnx_clp.model.edits import length_delimited
 from onnx_clp.model.tensors import Array
-from onnx_clp.model.wire import MODEL_GRAPH, length_delimited
+from onnx_clp.model.wire import MODEL_GRAPH
 
 DEFAULT_BATCH: Final = 1
 """Stands in for a first axis without a fixed extent, which by convention is the batch."""

@@ -5,37 +5,22 @@ open → analyse → choose → plan → write beside → verify (bytes, a new s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-import onnx
-
-from onnx_clp import runtime
 from onnx_clp._version import __version__
-from onnx_clp.errors import UsageError, VerificationError
+from onnx_clp.errors import UsageError
 from onnx_clp.judge import DEFAULT_U
-from onnx_clp.kernels import Measured
-from onnx_clp.model.file import ModelFile, open_model
-from onnx_clp.model.graph import MISSING
+from onnx_clp.model.file import open_model
 from onnx_clp.model.patch import Plan, plan
-from onnx_clp.model.save import (
-    Rewrite,
-    check_bytes,
-    data_names,
-    location_edits,
-    metadata_edits,
-    move_into_place,
-    rewritten,
-)
-from onnx_clp.model.tensors import PayloadError, complete
-from onnx_clp.model.wire import COPY_BLOCK, ByteSource
+from onnx_clp.model.save import data_names, location_edits, metadata_edits, move_into_place, rewritten
+from onnx_clp.model.tensors import PayloadError
 from onnx_clp.scan import Analysis, ScanReport, analyse, check_u
+from onnx_clp.verify import Check, Choice, sha256, verify
 
 DEFAULT_MAX_SHARE: Final = 0.1
 """Share of a layer's channels that may be silenced: at u = 3 a layer of any shape flags fewer (Cantelli: 1 in 10)."""
@@ -70,21 +55,6 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """One verification of the written file.
-
-    Attributes:
-        name: ``bytes``, ``scan``, ``checker``, ``onnxruntime-load`` or ``onnxruntime-run``.
-        passed: True; None where it could not be made. A check that fails raises VerificationError instead.
-        detail: What was seen, or why the check could not be made.
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
 class SanitizeReport:
     """What a rewrite did.
 
@@ -93,8 +63,8 @@ class SanitizeReport:
         destination: The output, as it was given.
         written: Whether it was written; False for a dry run.
         files: Names of the files written, the model last; empty for a dry run.
-        input_sha256: Of the input model, in hexadecimal; empty for a dry run.
-        output_sha256: Of the written model, in hexadecimal; empty for a dry run.
+        inputsha256: Of the input model, in hexadecimal; empty for a dry run.
+        outputsha256: Of the written model, in hexadecimal; empty for a dry run.
         max_share: The share of a layer's channels that could be silenced at most.
         silenced: Per layer.
         left: Flagged and not silenced, per layer.
@@ -108,8 +78,8 @@ class SanitizeReport:
     destination: str
     written: bool
     files: tuple[str, ...]
-    input_sha256: str
-    output_sha256: str
+    inputsha256: str
+    outputsha256: str
     max_share: float
     silenced: tuple[Silenced, ...]
     left: tuple[Left, ...]
@@ -122,14 +92,6 @@ class SanitizeReport:
     def silenced_channels(self) -> int:
         """How many channels were silenced."""
         return sum(len(part.channels) for part in self.silenced)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Choice:
-    """A measured site and the channels of it to silence."""
-
-    part: Measured
-    channels: tuple[int, ...]
 
 
 def sanitize(  # noqa: PLR0913  # each option is one of the command's
@@ -185,8 +147,8 @@ def sanitize(  # noqa: PLR0913  # each option is one of the command's
             destination=os.fspath(dst),
             written=False,
             files=(),
-            input_sha256="",
-            output_sha256="",
+            inputsha256="",
+            outputsha256="",
             max_share=max_share,
             silenced=silenced,
             left=(*left, *refused),
@@ -197,14 +159,14 @@ def sanitize(  # noqa: PLR0913  # each option is one of the command's
         )
         if dry_run:
             return report
-        digest = _sha256(file.source)
+        digest = sha256(file.source)
         edits = {location: [*group] for location, group in changes.edits.items()}
         edits.setdefault("", []).extend(location_edits(file, names))
         if metadata:
             edits[""] += metadata_edits(file, _note(u, digest, silenced))
         with rewritten(file, {key: tuple(group) for key, group in edits.items()}, names, destination) as rewrite:
             shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
-            checks, after, output_digest = _verify(analysis, done, rewrite, shapes, os.fspath(dst))
+            checks, after, output_digest = verify(analysis, done, rewrite, shapes, os.fspath(dst))
             move_into_place(rewrite, destination)
             files = tuple(path.name for _, _, path in rewrite.files)
     return _with(report, files=files, digests=(digest, output_digest), checks=checks, after=after)
@@ -220,7 +182,7 @@ def _with(
 ) -> SanitizeReport:
     """``report`` after its files were written."""
     return replace(
-        report, written=True, files=files, input_sha256=digests[0], output_sha256=digests[1], checks=checks, after=after
+        report, written=True, files=files, inputsha256=digests[0], outputsha256=digests[1], checks=checks, after=after
     )
 
 
@@ -243,9 +205,9 @@ def _check_destination(
         raise UsageError(f"{existing[0]} exists", "name another file, or say --force")
 
 
-def _choose(analysis: Analysis, max_share: float) -> tuple[list[_Choice], list[Left]]:
+def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Left]]:
     """Which flagged channels to silence, and which layers flag more than ``max_share`` allows."""
-    chosen: list[_Choice] = []
+    chosen: list[Choice] = []
     left: list[Left] = []
     for part, layer in zip(analysis.measured, analysis.report.layers, strict=True):
         channels = tuple(sorted(channel.index for channel in layer.flagged))
@@ -256,11 +218,11 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[_Choice], list[L
             reason = f"{share:.1%} of its channels are flagged, more than the {max_share:.1%} that may be silenced"
             left.append(Left(layer.name, channels, reason))
         else:
-            chosen.append(_Choice(part, channels))
+            chosen.append(Choice(part, channels))
     return chosen, left
 
 
-def _plan(analysis: Analysis, wanted: list[_Choice]) -> tuple[Plan, tuple[_Choice, ...], tuple[Left, ...]]:
+def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice, ...], tuple[Left, ...]]:
     """Plan the edits; a site whose channels cannot be silenced is left, and the others planned anew without it."""
     refused: list[Left] = []
     while True:
@@ -283,141 +245,6 @@ def _note(u: float, digest: str, silenced: tuple[Silenced, ...]) -> dict[str, st
     return {
         "version": __version__,
         "u": repr(u),
-        "input_sha256": digest,
+        "inputsha256": digest,
         "silenced": json.dumps({part.layer: part.channels for part in silenced}, separators=(",", ":")),
     }
-
-
-def _sha256(source: ByteSource) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, source.size, COPY_BLOCK):
-        digest.update(source.read(start, min(COPY_BLOCK, source.size - start)))
-    return digest.hexdigest()
-
-
-# -- verification ------------------------------------------------------------------------------------------------------
-
-
-def _verify(
-    analysis: Analysis,
-    done: Sequence[_Choice],
-    rewrite: Rewrite,
-    input_shapes: Mapping[str, tuple[int, ...]],
-    name: str,
-) -> tuple[tuple[Check, ...], ScanReport, str]:
-    """Verify the written files. Raises VerificationError where one is not what was planned."""
-    changed = check_bytes(rewrite)
-    checks = [Check("bytes", True, f"{changed} bytes replaced, every other byte is the input's")]  # noqa: FBT003
-    with open_model(rewrite.model) as written:
-        report = analysis.report
-        again = analyse(written, report.u, count_dead=report.count_dead, name=name)
-        checks.append(_check_scan(analysis, again, done))
-        checks.append(_check_format(analysis.file, written))
-        digest = _sha256(written.source)
-        checks += _check_runtime(analysis, done, rewrite, input_shapes)
-        return tuple(checks), again.report, digest
-
-
-def _check_scan(before: Analysis, after: Analysis, done: Sequence[_Choice]) -> Check:
-    """The same layers; silenced channels have bound 0; no bound grew."""
-    names = [part.site.node.name for part in before.measured]
-    if names != [part.site.node.name for part in after.measured] or before.report.skipped != after.report.skipped:
-        raise VerificationError("a new scan of the written file finds other layers than the input has")
-    silent = {id(choice.part): choice.channels for choice in done}
-    for old, new in zip(before.measured, after.measured, strict=True):
-        channels = list(silent.get(id(old), ()))
-        if np.any(new.bounds[channels] != 0):
-            raise VerificationError(f"a channel of {old.site.node.name!r} is not silent in the written file")
-        # A channel silenced upstream takes its share out of the sums behind it; the last bits may differ with the order.
-        grown = new.bounds > old.bounds * (1 + 1e-12)
-        if np.any(grown):
-            raise VerificationError(f"a bound of {old.site.node.name!r} grew in the written file")
-    count = sum(len(choice.channels) for choice in done)
-    return Check("scan", True, f"a new scan finds the {count} silenced channels dead and no bound grown")  # noqa: FBT003
-
-
-def _check_format(source: ModelFile, written: ModelFile) -> Check:
-    """onnx.checker on both models without their weights: the result must pass where the input does."""
-    refusal = _format_error(source)
-    if refusal:
-        return Check("checker", None, f"onnx.checker refuses the input already: {refusal}")
-    refusal = _format_error(written)
-    if refusal:
-        raise VerificationError(f"onnx.checker refuses the written file: {refusal}")
-    return Check("checker", True, "onnx.checker accepts it")  # noqa: FBT003
-
-
-def _format_error(file: ModelFile) -> str:
-    """What onnx.checker says against the model; empty where it accepts it."""
-    model = onnx.ModelProto()
-    model.CopyFrom(file.proto)
-    for tensor in _tensors(model):
-        # The weights stay on disk: an element of eight bytes, the size of the ticket, stands in for each tensor.
-        if tensor.raw_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-            name = tensor.name
-            tensor.Clear()
-            tensor.MergeFrom(onnx.TensorProto(name=name, data_type=onnx.TensorProto.INT64, raw_data=bytes(8)))
-    for sparse in model.graph.sparse_initializer:
-        for part in (sparse.values, sparse.indices):
-            part.CopyFrom(complete(file, part))
-    try:
-        onnx.checker.check_model(model.SerializeToString())
-    except Exception as error:  # noqa: BLE001  # ValidationError, or what the C++ side throws: all are its answer
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return ""
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every dense tensor of ``model``, its subgraphs and functions."""
-    graphs = [model.graph]
-    nodes = [node for function in model.functions for node in function.node]
-    while graphs or nodes:
-        if graphs:
-            graph = graphs.pop()
-            yield from graph.initializer
-            nodes += graph.node
-            continue
-        for attribute in nodes.pop().attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
-
-
-def _check_runtime(
-    analysis: Analysis, done: Sequence[_Choice], rewrite: Rewrite, input_shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[Check]:
-    """Load and run the written model, where onnxruntime is installed and loads the input."""
-    if not runtime.available():
-        yield Check("onnxruntime-load", None, "onnxruntime is not installed")
-        return
-    refusal = runtime.load_error(rewrite.model)
-    if refusal:
-        original = runtime.load_error(analysis.file.path)
-        if not original:
-            raise VerificationError(f"onnxruntime does not load the written file: {refusal}")
-        yield Check("onnxruntime-load", None, f"onnxruntime does not load the input either: {original}")
-        return
-    yield Check("onnxruntime-load", True, "onnxruntime loads it")  # noqa: FBT003
-    observed = list(_observed(analysis, done))
-    try:
-        count = runtime.check_silence(rewrite.model, observed, input_shapes, rewrite.folder)
-    except runtime.NotRun as reason:
-        yield Check("onnxruntime-run", None, str(reason))
-        return
-    rest = sum(len(choice.channels) for choice in done) - count
-    detail = f"{count} silenced channels are silent on random input"
-    yield Check("onnxruntime-run", True, detail + (f"; {rest} cannot be observed there" if rest else ""))  # noqa: FBT003
-
-
-def _observed(analysis: Analysis, done: Sequence[_Choice]) -> Iterator[runtime.Observed]:
-    """The outputs of the silenced channels that can be made outputs of the model: those of the main graph."""
-    for choice in done:
-        site = choice.part.site
-        maker = analysis.graph.producers.get(site.output)
-        if site.output == MISSING or maker is None or maker.layout is None or not maker.layout.in_main_graph:
-            continue
-        rest = 0.0
-        if site.rest != MISSING:
-            rest = float(analysis.constants.array(site.rest).ravel()[0])
-        yield runtime.Observed(analysis.graph.name_of(site.output), site.axis, choice.channels, rest)

@@ -1,6 +1,6 @@
 """Path → ScanReport: the whole tool at a glance.
 
-open → graph → constants → trace → survey → bounds → judgements → report.
+open → graph → constants → shapes → trace → survey → bounds → judgements → report.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from onnx_clp.errors import UsageError
 from onnx_clp.judge import DEFAULT_U, Judgement, Status, judge
 from onnx_clp.kernels import Measured, measure
 from onnx_clp.model.constants import Constants
+from onnx_clp.model.expand import build_graph
 from onnx_clp.model.file import ModelFile, open_model
-from onnx_clp.model.graph import Graph, build_graph
+from onnx_clp.model.graph import Graph
+from onnx_clp.shapes import shapes
 from onnx_clp.sites import Skipped, survey
 from onnx_clp.trace import trace
 
@@ -173,8 +175,9 @@ def analyse(file: ModelFile, u: float, *, count_dead: bool, name: str) -> Analys
     """Scan the open ``file``, which the report calls ``name``."""
     graph = build_graph(file)
     constants = Constants(file, graph)
-    traced = trace(graph, constants)
-    found = survey(graph, constants, traced)
+    known = shapes(graph, constants)
+    traced = trace(graph, constants, known)
+    found = survey(graph, constants, known, traced)
     measured, unreadable = measure(found, traced, constants)
     layers = tuple(_layer(part, judge(part.bounds, u, count_dead=count_dead)) for part in measured)
     skipped = tuple(_skipped(part) for part in (*found.skipped, *unreadable))

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-import numpy as np
-
+from onnx_clp.flow import Flow, Joined, Lost, Produced, Summed, Trace
+from onnx_clp.heads import heads
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.patch import Knob
 from onnx_clp.model.tensors import PayloadError
 from onnx_clp.operators import KernelLayout, channel_count, layout, linear
-from onnx_clp.trace import Flow, Joined, Lost, Produced, Summed, Trace, channel_axis, training_reason
+from onnx_clp.shapes import Shapes
+from onnx_clp.trace import channel_axis, training_reason
 
 
 class Reason(Enum):
@@ -98,27 +99,25 @@ class Survey:
     skipped: tuple[Skipped, ...]
 
 
-_TRANSPARENT: Final = frozenset({"Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"})
-"""Operators between a linear operator and its normalisation or its bias that change no number (rounding aside)."""
-
-_TRAINED: Final = frozenset("LSTM GRU RNN BatchNormalization InstanceNormalization".split())
-_ACTIVATIONS: Final = frozenset(
-    """Relu LeakyRelu PRelu Elu Celu Selu Gelu Mish HardSwish Swish ThresholdedRelu Softplus Softsign""".split()
+_TRANSPARENT: Final = frozenset(
+    {"Identity", "Cast", "Dropout", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"}
 )
+"""Operators between a linear operator and its normalisation or its bias that change no number (rounding aside)."""
 
 
 class _Surveyor:
     """The answers to the four questions for one graph."""
 
-    def __init__(self, graph: Graph, constants: Constants, trace: Trace) -> None:
+    def __init__(self, graph: Graph, constants: Constants, shapes: Shapes, trace: Trace) -> None:
         self.graph = graph
         self.constants = constants
+        self.shapes = shapes
         self.trace = trace
+        self.heads = heads(graph, constants)
         self.covered: set[int] = set()
         self.blocked: dict[int, Skipped] = {}
         self.seen_sources: set[int] = set()
         self.produced = {part.node.index: i for i, part in enumerate(trace.sources) if isinstance(part, Produced)}
-        self.follow()
 
     def run(self) -> Survey:
         found: dict[int, Site | Skipped] = {}
@@ -137,9 +136,13 @@ class _Surveyor:
             if description is not None and description.convolves and node.index not in self.covered:
                 found[node.index] = self.convolution(node)
             elif description is None and "Conv" in node.op_type and node.layout is not None:
-                found[node.index] = _skip(node, Reason.CUSTOM_OPERATOR, f"operator {_full(node)} is not known here")
+                found[node.index] = _skip(
+                    node, Reason.CUSTOM_OPERATOR, f"operator {node.full_op_type} is not known here"
+                )
         parts = [found[index] for index in sorted(found)]
-        cyclic = [Skipped(name, "", Reason.UNREADABLE, "the node depends on its own output") for name in self.graph.cyclic]
+        cyclic = [
+            Skipped(name, "", Reason.UNREADABLE, "the node depends on its own output") for name in self.graph.cyclic
+        ]
         return Survey(
             tuple(part for part in parts if isinstance(part, Site)),
             (*(part for part in parts if isinstance(part, Skipped)), *cyclic),
@@ -150,7 +153,7 @@ class _Surveyor:
     def normalisation(self, node: Node) -> Site | Skipped:
         """The site of a BatchNormalization, or why there is none."""
         if not node.standard:
-            return _skip(node, Reason.CUSTOM_OPERATOR, f"operator {_full(node)} is not known here")
+            return _skip(node, Reason.CUSTOM_OPERATOR, f"operator {node.full_op_type} is not known here")
         if node.index not in self.graph.live:
             return _skip(node, Reason.UNUSED, "no output of the model depends on it")
         reason = training_reason(node)
@@ -195,7 +198,7 @@ class _Surveyor:
         for reader in self.graph.consumers.get(end, ()):
             if (_is_batch_normalization(reader) and end == reader.inputs[0]) or self.is_factor(reader, end):
                 return None  # judged there, this factor included
-        if self.is_head(node, end):
+        if self.heads.is_answer(end):
             return None
         biases = tuple(knob for knob, _ in tail if knob is not None)
         return self.site(node, flow, output.source, (Knob(node, position, axis), *biases), end)
@@ -213,7 +216,7 @@ class _Surveyor:
         flow = self.trace.flows.get(node.inputs[1 - position])
         if shape is None or not isinstance(flow, Flow):
             return None
-        return channel_axis(node, flow, self.trace.ranks.get(node.inputs[1 - position]), shape) or None
+        return channel_axis(node, flow, self.shapes.rank(node.inputs[1 - position]), shape) or None
 
     def site(self, node: Node, flow: Flow, source: int, knobs: tuple[Knob, ...], output: int) -> Site:
         """A site that judges ``source``; the operators it comes from are covered."""
@@ -272,9 +275,9 @@ class _Surveyor:
             return self.blocked[node.index]
         tail = list(self.tail(node))
         end = tail[-1][1] if tail else node.outputs[0]
-        if self.is_head(node, end):
+        if self.heads.is_answer(end) and not _is_activated(node):
             return _skip(node, Reason.HEAD, "its channels are the model's answers: nothing trained follows")
-        if node.inputs[0] in self.trace.pooled:
+        if node.inputs[0] in self.shapes.pooled:
             return _skip(node, Reason.GATE, "it works on a globally pooled input")
         knobs = [_weight_knob(node, self.constants)]
         if description.bias != MISSING and node.input(description.bias) != MISSING:
@@ -348,117 +351,17 @@ class _Surveyor:
                 pending += maker.inputs
         return tuple(names)
 
-    # -- 3: heads ------------------------------------------------------------------------------------------------------
-
-    def is_head(self, node: Node, end: int) -> bool:
-        """Whether the channels of ``end``, which ``node`` makes, are the model's answers."""
-        if end in self.trained_after or (node.op_type == "FusedConv" and _is_activation_name(node)):
-            return False
-        return end in self.answers
-
-    def follow(self) -> None:
-        """Find, walking back from the outputs, the values that something trained follows, and those that are answers.
-
-        ``trained_after``: a trained operator lies ahead on some way. ``answers``: some way to an output holds no
-        activation of features; ``pooled_answers``: a way on which pooled features become class scores, by which an
-        activation does not count (a classifier that is Conv, Relu, GlobalAveragePool, Softmax).
-        """
-        self.trained_after: set[int] = set()
-        self.answers: set[int] = set(self.graph.outputs)
-        self.pooled_answers: set[int] = set()
-        before = -1
-        while before != len(self.trained_after) + len(self.answers) + len(self.pooled_answers):
-            before = len(self.trained_after) + len(self.answers) + len(self.pooled_answers)
-            for node in reversed(self.graph.nodes):
-                if node.index in self.graph.live:
-                    self.follow_back(node)
-
-    def follow_back(self, node: Node) -> None:
-        data = {value for value in (*node.inputs, *node.carried) if value != MISSING}
-        made = {value for value in node.outputs if value != MISSING}
-        if self.is_trained(node) or made & self.trained_after:
-            self.trained_after |= data
-        if node.op_type in _SCORES and made & self.answers:
-            self.pooled_answers |= data
-        elif node.op_type in _POOLED_WAY and made & self.pooled_answers:
-            self.pooled_answers |= data
-        if made & (self.pooled_answers if self.is_activation(node) else self.answers):
-            self.answers |= data
-
-    def is_trained(self, node: Node) -> bool:
-        """Whether ``node`` holds weights of its own, other than a fixed projection."""
-        if node.op_type in _TRAINED:
-            return True
-        description = linear(node)
-        if description is None:
-            return "Conv" in node.op_type or "Gemm" in node.op_type
-        shape = self.constants.shape(node.input(description.weight))
-        if shape is None:
-            return description.convolves
-        return not (description.convolves and self.is_fixed(node, description.weight, shape))
-
-    def is_fixed(self, node: Node, weight: int, shape: tuple[int, ...]) -> bool:
-        """Whether the kernel only reads out: the mean of a distribution over bins 0, 1, 2 …, or one enlargement for all.
-
-        The first ends the box branch of detectors (distribution focal loss), the second is a Resize written as a
-        depthwise ConvTranspose.
-        """
-        if node.op_type == "Conv" and shape[0] == 1 and np.prod(shape[2:]) == 1:
-            kernel = self.constants.small(node.inputs[weight])
-            return kernel is not None and bool(np.array_equal(kernel.ravel(), np.arange(kernel.size)))
-        if node.op_type == "ConvTranspose" and shape[1] == 1 and node.integer("group", 1) == shape[0] > 1:
-            try:
-                kernel = self.constants.array(node.inputs[weight])
-            except PayloadError:
-                return False
-            return bool(np.all(kernel == kernel[:1]))
-        return False
-
-    def is_activation(self, node: Node) -> bool:
-        """Whether ``node`` is an activation as features have it: its output is no answer."""
-        if node.op_type in _ACTIVATIONS:
-            return True
-        if node.op_type == "Clip":  # ReLU6, where it does not just keep an image in 0 to 1
-            bounds = [node.number("min", -np.inf), node.number("max", np.inf)]
-            for position in (1, 2):
-                given = self.constants.small(node.input(position))
-                if given is not None and given.size == 1:
-                    bounds[position - 1] = float(given.ravel()[0])
-            return bounds[0] == 0 and 1 < bounds[1] < np.inf
-        if node.op_type == "Mul" and len(node.inputs) == 2:
-            return self.gates_itself(*node.inputs) or self.gates_itself(*node.inputs[::-1])
-        return False
-
-    def gates_itself(self, value: int, gate: int) -> bool:
-        """Whether ``gate`` is made of ``value`` alone by a few elementwise steps, as in x·sigmoid(x)."""
-        for _ in range(6):
-            maker = self.graph.producers.get(gate)
-            if maker is None or maker.op_type not in _GATE_STEPS:
-                return False
-            given = [source for source in maker.inputs if source != MISSING and self.constants.get(source) is None]
-            if len(given) != 1:
-                return False
-            gate = given[0]
-            if gate == value:
-                return True
-        return False
-
 
 NAMED_OPERATORS: Final = 64
 """Linear operators that a site names; a BN behind a hundred concatenated layers names the nearest."""
-
-_SCORES: Final = frozenset("Softmax LogSoftmax Sigmoid ArgMax TopK Hardmax".split())
-_POOLED_WAY: Final = frozenset(
-    "GlobalAveragePool ReduceMean AveragePool Flatten Reshape Squeeze Unsqueeze Identity Cast Dropout Transpose".split()
-)
-_GATE_STEPS: Final = frozenset("Sigmoid HardSigmoid Clip Add Mul Div Tanh Softplus Erf Relu Identity Cast".split())
 
 
 def _is_batch_normalization(node: Node) -> bool:
     return "BatchNorm" in node.op_type and node.layout is not None
 
 
-def _is_activation_name(node: Node) -> bool:
+def _is_activated(node: Node) -> bool:
+    """Whether a FusedConv ends in an activation of features."""
     return node.text("activation", "") in {"Relu", "LeakyRelu", "Clip"}
 
 
@@ -487,18 +390,14 @@ def _weight_knob(node: Node, constants: Constants) -> Knob:
     )
 
 
-def _full(node: Node) -> str:
-    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-
-
 def _skip(node: Node, reason: Reason, detail: str) -> Skipped:
-    return Skipped(node.name, _full(node), reason, detail)
+    return Skipped(node.name, node.full_op_type, reason, detail)
 
 
 def _refuse(node: Node, error: PayloadError) -> Skipped:
     return _skip(node, Reason(error.reason), error.message)
 
 
-def survey(graph: Graph, constants: Constants, trace: Trace) -> Survey:
+def survey(graph: Graph, constants: Constants, shapes: Shapes, trace: Trace) -> Survey:
     """Find the sites of ``graph`` and all that is skipped."""
-    return _Surveyor(graph, constants, trace).run()
+    return _Surveyor(graph, constants, shapes, trace).run()

@@ -17,16 +17,20 @@ OPSET = 17
 """The newest that the TorchScript exporter writes without complaint."""
 
 
-def randomise(net: Any, seed: int = 0) -> Any:
-    """Give ``net``, in place, random kernels and BN statistics, with outliers and dead channels; it comes back in eval().
+PLANTED = 8.0
+"""The smallest γ of a planted outlier; all others are far below it."""
+
+
+def randomise(net: torch.nn.Module, seed: int = 0, *, tiny_variances: bool = True) -> torch.nn.Module:
+    """``net`` in eval(), its kernels and BN statistics made random in place, with outliers and dead channels.
 
     Channels of a kernel differ by a factor of about e^0.2, γ and var lie in [0.2, 1.7]. Every third BN of more than 16
-    channels has two planted outliers: one by a γ of 8 to 12, one by a var of 1e-4 to 1e-3, where ε counts; every fifth
-    has two dead channels.
+    channels has an outlier by a γ of 8 to 12, and with ``tiny_variances`` one by a var of 1e-4 to 1e-3, where ε counts;
+    every fifth has two dead channels.
     """
     random = torch.Generator().manual_seed(seed)
 
-    def uniform(low: float, high: float, *size: int) -> Any:
+    def uniform(low: float, high: float, *size: int) -> torch.Tensor:
         return torch.rand(*size, generator=random) * (high - low) + low
 
     with torch.no_grad():
@@ -44,14 +48,15 @@ def randomise(net: Any, seed: int = 0) -> Any:
             norm.running_var.copy_(uniform(0.2, 1.7, n))
             chosen = torch.randperm(n, generator=random)
             if i % 3 == 0 and n > 16:
-                norm.weight[chosen[0]] = uniform(8, 12, 1)[0]
-                norm.running_var[chosen[1]] = uniform(1e-4, 1e-3, 1)[0]
+                norm.weight[chosen[0]], norm.running_var[chosen[0]] = uniform(PLANTED, 12, 1)[0], 1
+                if tiny_variances:
+                    norm.running_var[chosen[1]] = uniform(1e-4, 1e-3, 1)[0]
             if i % 5 == 0 and n > 16:
                 norm.weight[chosen[2:4]] = 0
     return net.eval()
 
 
-def network(name: str, seed: int = 0) -> Any:
+def network(name: str, seed: int = 0) -> torch.nn.Module:
     """The torchvision network ``name`` with ten classes and random weights, see `randomise`."""
     options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
     net = getattr(torchvision.models, name)(weights=None, num_classes=10, **options)
@@ -60,7 +65,7 @@ def network(name: str, seed: int = 0) -> Any:
     return randomise(net, seed)
 
 
-def convolution_behind(net: Any) -> dict[str, str]:
+def convolution_behind(net: torch.nn.Module) -> dict[str, str]:
     """BN → Conv2d, by module name, for every BN that ``net`` calls right on the output of a Conv2d.
 
     By the graph of calls, not by the order of definition.
@@ -75,7 +80,7 @@ def convolution_behind(net: Any) -> dict[str, str]:
     return found
 
 
-def export(net: Any, path: Path, size: int, *, fold: bool, dynamo: bool = False) -> Path:
+def export(net: torch.nn.Module, path: Path, size: int, *, fold: bool, dynamo: bool = False) -> Path:
     """Write ``net`` to ``path`` for images of ``size``; the weights do not depend on it.
 
     ``fold`` is what the exporters do in eval mode; without it (TorchScript only) the BNs stay as they are.

@@ -1,4 +1,4 @@
-"""The published formula, applied naively to networks of torchvision, flags the channels that `scan` flags in their export.
+"""The published formula, applied naively to networks of torchvision, flags what `scan` flags in their exports.
 
 Zheng et al., ECCV 2022, as `tests/naive.py` has it: one SVD per channel of each Conv2d, times |γ|/√(var + ε) of the
 BatchNorm2d that the network calls right on it. The networks are exported with their BNs kept, so that a BN of the file
@@ -7,7 +7,6 @@ carries its module's name in the names of its parameters.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +15,12 @@ import pytest
 import onnx_clp
 from tests import naive
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
-from tests.exported import convolution_behind, export, network  # noqa: E402  needs torch
+import torch
+
+from tests.exported import convolution_behind, export, network
 
 pytestmark = pytest.mark.exporters
 
@@ -69,7 +70,7 @@ class Published:
     bounds: naive.Bounds
 
 
-def published(net: Any) -> dict[str, Published]:
+def published(net: torch.nn.Module) -> dict[str, Published]:
     """The formula on every pair of Conv2d and BatchNorm2d of ``net``, by the name of the BN."""
     modules = dict(net.named_modules())
     found = {}

@@ -34,8 +34,14 @@ class InputShape(click.ParamType):
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
 @common
-@click.option("--max-share", type=Share(), default="10%", show_default=True, metavar="SHARE",
-              help="Leave a layer of which more than SHARE would be silenced, and say so.")
+@click.option(
+    "--max-share",
+    type=Share(),
+    default="10%",
+    show_default=True,
+    metavar="SHARE",
+    help="Leave a layer of which more than SHARE would be silenced, and say so.",
+)
 @click.option("--dry-run", is_flag=True, help="Write nothing, say what would change.")
 @click.option("--force", is_flag=True, help="Overwrite OUT and its data files.")
 @click.option("--in-place", is_flag=True, help="Allow OUT to be IN; OUT may then be left out.")

@@ -11,14 +11,19 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnx_clp.errors import ModelFileError, OnnxClpError
-from onnx_clp.model.wire import ByteSource, Layout, Payload, walk
+from onnx_clp.model.source import ByteSource
+from onnx_clp.model.wire import Layout, Payload, walk
 
 SKELETON_LIMIT: Final = 1 << 31
 """Protobuf reads no message of 2 GiB or more."""
 
 _FOREIGN: Final = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the model itself with `git lfs pull`"),
-    (b"\x00\x05\x16\x07", "an AppleDouble file, which macOS puts beside the real one", "scan the file without the `._`"),
+    (
+        b"\x00\x05\x16\x07",
+        "an AppleDouble file, which macOS puts beside the real one",
+        "scan the file without the `._`",
+    ),
     (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint or a TorchScript file is one)", "export the model to ONNX"),
     (b"\x80\x02", "a Python pickle", "export the model to ONNX; do not load pickles from strangers"),
     (b"\x89HDF", "an HDF5 file (Keras)", "convert the model to ONNX"),

@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper
 
-from onnx_clp.model.constants import Constant, Constants, Derived, per_axis
+from onnx_clp.model.constants import Constant, Constants, Derived
+from onnx_clp.model.edits import Edit, Span, length_delimited
+from onnx_clp.model.fold import per_axis
 from onnx_clp.model.graph import MISSING, Graph, Node
-from onnx_clp.model.tensors import Array, Place, Stored, place
-from onnx_clp.model.wire import NODE_INPUT, Edit, Span, length_delimited
+from onnx_clp.model.tensors import Array, Place, Stored
+from onnx_clp.model.wire import NODE_INPUT
 
 Indices = npt.NDArray[np.int64]
 
@@ -141,7 +143,9 @@ class _Planner:
             else:
                 for patch in group:
                     channels = wanted[owner[patch.knob.edge]][1]
-                    copies.append((patch.knob, self.silenced(patch.knob, channels, self.constants.array(patch.knob.value))))
+                    copies.append(
+                        (patch.knob, self.silenced(patch.knob, channels, self.constants.array(patch.knob.value)))
+                    )
         for knob, silent in copies:
             reason = self.refusal(knob, copies)
             if reason:
@@ -334,4 +338,3 @@ def _free_names(original: str) -> Iterator[str]:
     yield f"{original}__silenced"
     for number in range(2, 1 << 62):
         yield f"{original}__silenced_{number}"
-

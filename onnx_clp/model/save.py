@@ -17,18 +17,10 @@ from pathlib import Path
 from onnx import StringStringEntryProto, TensorProto
 
 from onnx_clp.errors import UsageError, VerificationError
+from onnx_clp.model.edits import Edit, Span, copy_with_edits, length_delimited, with_lengths
 from onnx_clp.model.file import ModelFile
-from onnx_clp.model.wire import (
-    COPY_BLOCK,
-    EXTERNAL_DATA,
-    MODEL_METADATA,
-    ByteSource,
-    Edit,
-    Span,
-    copy_with_edits,
-    length_delimited,
-    with_lengths,
-)
+from onnx_clp.model.source import ByteSource
+from onnx_clp.model.wire import EXTERNAL_DATA, MODEL_METADATA
 
 METADATA_PREFIX = "onnx_clp."
 
@@ -191,4 +183,3 @@ def move_into_place(rewrite: Rewrite, destination: Path) -> None:
             path.replace(target)
     except OSError as error:
         raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error
-

@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp.errors import ModelFileError, OnnxClpError
 from onnx_clp.model.file import ModelFile
-from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA, ByteSource
+from onnx_clp.model.source import ByteSource
+from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA
 
 Array = npt.NDArray[Any]
 
@@ -83,15 +84,15 @@ def stored(proto: onnx.TensorProto | onnx.SparseTensorProto) -> Stored:
     if math.prod(shape) > ELEMENT_LIMIT:
         raise PayloadError(f"tensor {values.name!r} declares {math.prod(shape):,} elements")
     if values.data_type in {TensorProto.UNDEFINED, TensorProto.STRING} or values.data_type not in _KNOWN_TYPES:
-        raise PayloadError(f"tensor {values.name!r} has element type {values.data_type}, which holds no numbers known here")
+        raise PayloadError(
+            f"tensor {values.name!r} has element type {values.data_type}, which holds no numbers known here"
+        )
     return Stored(values.name, shape, values.data_type, proto)
 
 
 _KNOWN_TYPES: Final = frozenset(TensorProto.DataType.values())
 _PACKED: Final = frozenset(
-    code
-    for name, code in TensorProto.DataType.items()
-    if name in {"INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"}
+    code for name, code in TensorProto.DataType.items() if name in {"INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"}
 )
 """Types that hold several elements in a byte."""
 
@@ -129,7 +130,9 @@ def read(file: ModelFile, tensor: Stored) -> Array:
             raise PayloadError(error.message) from error
         _, _, declared = _external(proto, where.length)
         if declared != where.length:
-            raise PayloadError(f"tensor {tensor.name!r} needs {where.length} bytes and its external data has {declared}")
+            raise PayloadError(
+                f"tensor {tensor.name!r} needs {where.length} bytes and its external data has {declared}"
+            )
         return _read_place(source, where, tensor)
     payload = file.payload(proto)
     if payload is None:

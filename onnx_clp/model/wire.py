@@ -1,4 +1,4 @@
-"""The protobuf wire format of an ONNX file: walked once without its payloads, and rewritten byte by byte.
+"""The protobuf wire format of an ONNX file, walked once without its payloads.
 
 Protobuf (https://protobuf.dev/programming-guides/encoding) writes a message as fields, each a varint tag
 (``number << 3 | wire type``) and a value; a value of wire type 2 is a varint length and that many bytes, and messages
@@ -9,28 +9,23 @@ nest that way. The walk makes two things of a file:
 * the *layout*: where each payload and each node lies in the file, found by its ticket.
 
 Tickets survive what protobuf does to a message: repeated fields are joined, singular messages are merged.
-A rewrite is a set of edits; the lengths of the messages around an edit that changes its size are edited too.
 """
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from onnx_clp.errors import ModelFileError
-
-WINDOW: Final = 1 << 16
-"""Bytes read at once while walking: large enough that nodes come whole, small beside a payload that is jumped over."""
+from onnx_clp.model.edits import LENGTH, Message, Span, encode_varint, length_delimited
+from onnx_clp.model.source import ByteSource
 
 DEPTH_LIMIT: Final = 100
 """Protobuf's own limit on nested messages; onnx and onnxruntime refuse what lies deeper."""
 
-VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = range(6)
+VARINT, FIXED64, START_GROUP, END_GROUP, FIXED32 = 0, 1, 3, 4, 5
 
 # onnx.proto's field numbers, as far as the walk has to know them.
 MODEL_GRAPH, MODEL_METADATA, MODEL_TRAINING, MODEL_FUNCTION = 7, 14, 20, 25
@@ -77,25 +72,6 @@ _KINDS: Final = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes ``start`` (included) to ``end`` (excluded) of a file."""
-
-    start: int
-    end: int
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A nested message in the file: where its length stands and where its body lies."""
-
-    length: Span
-    body: Span
-
-
 @dataclass(slots=True)
 class Payload:
     """Where the elements of one tensor lie in the model file.
@@ -138,68 +114,6 @@ class Layout:
     nodes: tuple[NodeLayout, ...]
     metadata: tuple[Span, ...]
     """The ``metadata_props`` entries of the model, whole fields, in file order."""
-
-
-class ByteSource:
-    """A regular file held open, read by position.
-
-    Reading by position rather than through a memory map means that a file cut short by somebody else
-    while it is read gives an error and not a bus fault.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open ``path``; raises ModelFileError where it is missing, unreadable, or no regular file."""
-        try:
-            # O_NONBLOCK: opening a FIFO that nobody writes to must not hang.
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ModelFileError(f"cannot open {path}: {reason}") from error
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self._descriptor)
-            raise ModelFileError(f"{path} is not a regular file")
-        self.path = path
-        self.size = status.st_size
-        self.identity = (status.st_dev, status.st_ino)
-        self._modified = status.st_mtime_ns
-
-    def read(self, start: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``start``; raises ModelFileError where the file is shorter."""
-        pieces = []
-        while length > 0:
-            # One system call transfers at most about 2 GiB.
-            piece = os.pread(self._descriptor, min(length, 1 << 30), start)
-            if not piece:
-                raise ModelFileError(f"{self.path} became shorter while it was read")
-            pieces.append(piece)
-            start += len(piece)
-            length -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def read_into(self, start: int, target: memoryview) -> None:
-        """Fill ``target`` with the bytes from ``start``; raises ModelFileError where the file is shorter."""
-        while len(target):
-            count = os.preadv(self._descriptor, [target[: 1 << 30]], start)
-            if not count:
-                raise ModelFileError(f"{self.path} became shorter while it was read")
-            start += count
-            target = target[count:]
-
-    def window(self, start: int) -> bytes:
-        """Up to WINDOW bytes from ``start``."""
-        return os.pread(self._descriptor, WINDOW, start)
-
-    def unchanged(self) -> bool:
-        """Whether the open file has still the size and modification time it was opened with."""
-        status = os.fstat(self._descriptor)
-        return (status.st_size, status.st_mtime_ns) == (self.size, self._modified)
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 class _Walk:
@@ -377,21 +291,6 @@ class _Walk:
         return b"".join(pieces)
 
 
-def encode_varint(value: int) -> bytes:
-    """``value`` (not negative) as a protobuf varint."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def length_delimited(number: int, content: bytes) -> bytes:
-    """A whole length-delimited field: tag, length, content."""
-    return encode_varint(number << 3 | LENGTH) + encode_varint(len(content)) + content
-
-
 def walk(source: ByteSource) -> tuple[bytes, Layout]:
     """The skeleton and the layout of the ModelProto in ``source``.
 
@@ -401,51 +300,3 @@ def walk(source: ByteSource) -> tuple[bytes, Layout]:
     skeleton = state.message(_KINDS["ModelProto"], Span(0, source.size), ())
     nodes = tuple(node for node in state.nodes if node is not None)
     return skeleton, Layout(tuple(state.payloads), nodes, tuple(state.metadata))
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """Replace the bytes of ``span`` with ``content``; ``enclosing`` are the messages around it, outermost first."""
-
-    span: Span
-    content: bytes
-    enclosing: tuple[Message, ...] = ()
-
-
-def with_lengths(edits: Iterable[Edit]) -> tuple[Edit, ...]:
-    """``edits`` in file order, with an edit added for every length they change. Spans must not overlap."""
-    result = sorted(edits, key=lambda edit: (edit.span.start, edit.span.end))
-    growth: dict[Message, int] = {}
-    for edit in result:
-        for message in edit.enclosing:
-            growth[message] = growth.get(message, 0) + len(edit.content) - len(edit.span)
-    parents: dict[Message, tuple[Message, ...]] = {}
-    for edit in result:
-        for depth, message in enumerate(edit.enclosing):
-            parents[message] = edit.enclosing[:depth]
-    # Innermost first: a length that takes another byte makes the messages around it grow too.
-    for message in sorted(growth, key=lambda inner: len(parents[inner]), reverse=True):
-        if growth[message] == 0:
-            continue
-        content = encode_varint(len(message.body) + growth[message])
-        for parent in parents[message]:
-            growth[parent] += len(content) - len(message.length)
-        result.append(Edit(message.length, content))
-    result.sort(key=lambda edit: (edit.span.start, edit.span.end))
-    return tuple(result)
-
-
-def copy_with_edits(source: ByteSource, edits: tuple[Edit, ...], write: Callable[[bytes], object]) -> None:
-    """Stream ``source`` with ``edits`` (in file order, complete with lengths) applied to ``write``."""
-    position = 0
-    for edit in (*edits, Edit(Span(source.size, source.size), b"")):
-        while position < edit.span.start:
-            piece = source.read(position, min(COPY_BLOCK, edit.span.start - position))
-            write(piece)
-            position += len(piece)
-        write(edit.content)
-        position = max(position, edit.span.end)
-
-
-COPY_BLOCK: Final = 1 << 20
-"""Bytes copied or compared at once."""

@@ -50,9 +50,7 @@ def render_sanitize(report: SanitizeReport) -> str:
                 {"layer": part.layer, "channels": list(part.channels), "reason": part.reason} for part in report.left
             ],
             "unshared": list(report.unshared),
-            "checks": [
-                {"name": check.name, "passed": check.passed, "detail": check.detail} for check in report.checks
-            ],
+            "checks": [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in report.checks],
             "before": scan_object(report.before),
             "after": None if report.after is None else scan_object(report.after),
         }

@@ -118,7 +118,8 @@ def _flagged(layer: Layer, style: Style, *, verbose: bool) -> list[str]:
     """A line for each flagged channel, largest z first, and one for those that are not finite."""
     shown = layer.flagged if verbose else layer.flagged[:CHANNELS_SHOWN]
     lines = [
-        style(f"{channel.index:>5}", "bad") + f"  bound {number(channel.bound):<9}  z {channel.z:.2f}" for channel in shown
+        style(f"{channel.index:>5}", "bad") + f"  bound {number(channel.bound):<9}  z {channel.z:.2f}"
+        for channel in shown
     ]
     if len(shown) < len(layer.flagged):
         lines.append(style(f"      and {len(layer.flagged) - len(shown)} more (-v shows them)", "dim"))

@@ -1,0 +1,210 @@
+"""What operators make of constants, for arrays as they are and for arrays of which only the shape matters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnx_clp.model.graph import Node
+from onnx_clp.model.tensors import SPARSE_LIMIT, Array, PayloadError
+
+
+def compute(node: Node, operands: list[Array | None], *, only_shape: bool = False) -> Array:
+    """What ``node`` makes of ``operands``; with ``only_shape`` the elements do not matter."""
+    with np.errstate(all="ignore"):  # an Inf or NaN that comes out is a finding, not a warning
+        return np.asarray(OPERATORS[node.op_type](node, operands, only_shape))
+
+
+def _axes(node: Node, operands: list[Array | None]) -> tuple[int, ...] | None:
+    """Axes of Squeeze and Unsqueeze: an attribute up to opset 12, an input from 13 on."""
+    axes = node.integers("axes")
+    if axes is None and len(operands) > 1 and operands[1] is not None:
+        axes = tuple(int(axis) for axis in operands[1].ravel())
+    return axes
+
+
+def _first(operands: list[Array | None]) -> Array:
+    if operands[0] is None:
+        raise ValueError("its first input is left out")
+    return operands[0]
+
+
+def _reshape(node: Node, operands: list[Array | None], _: bool) -> Array:
+    data = _first(operands)
+    given = node.integers("shape") if len(operands) < 2 or operands[1] is None else operands[1].ravel()
+    if given is None:
+        raise ValueError("Reshape without a shape")
+    keep_zero = node.integer("allowzero", 0)
+    shape = [
+        data.shape[axis] if size == 0 and not keep_zero else int(size) for axis, size in enumerate(map(int, given))
+    ]
+    return data.reshape(shape)
+
+
+def _unsqueeze(node: Node, operands: list[Array | None], _: bool) -> Array:
+    return np.expand_dims(_first(operands), _axes(node, operands) or ())
+
+
+def _flatten(node: Node, operands: list[Array | None], _: bool) -> Array:
+    data = _first(operands)
+    axis = node.integer("axis", 1)
+    return data.reshape(math.prod(data.shape[: axis if axis >= 0 else axis + data.ndim]), -1)
+
+
+def _cast(node: Node, operands: list[Array | None], only_shape: bool) -> Array:
+    data = _first(operands)
+    return data if only_shape else data.astype(helper.tensor_dtype_to_np_dtype(node.integer("to", 1)))
+
+
+def per_axis(parameter: Array, data: Array, axis: int, block: int) -> Array:
+    """A scale or zero point in a form that broadcasts against ``data`` (QuantizeLinear, versions 10, 13 and 21)."""
+    if parameter.size == 1:
+        return parameter.reshape(())
+    axis = axis if axis >= 0 else axis + data.ndim
+    if parameter.ndim == 1:
+        return parameter.reshape([-1 if position == axis else 1 for position in range(data.ndim)])
+    repeated = np.repeat(parameter, block, axis)
+    return repeated[tuple(slice(0, size) for size in data.shape)]
+
+
+def _dequantize(node: Node, operands: list[Array | None], only_shape: bool) -> Array:
+    data, scale = _first(operands), operands[1]
+    if only_shape or scale is None:
+        return data
+    axis, block = node.integer("axis", 1), node.integer("block_size", 0)
+    result = data.astype(np.float32)
+    if len(operands) > 2 and operands[2] is not None:
+        result = result - per_axis(operands[2], data, axis, block).astype(np.float32)
+    result *= per_axis(scale, data, axis, block).astype(np.float32)
+    return result if scale.dtype == np.float32 else result.astype(scale.dtype)
+
+
+def _quantize(node: Node, operands: list[Array | None], only_shape: bool) -> Array:
+    data, scale = _first(operands), operands[1]
+    if only_shape or scale is None:
+        return data
+    axis, block = node.integer("axis", 1), node.integer("block_size", 0)
+    zero = operands[2] if len(operands) > 2 else None
+    code = node.integer("output_dtype", 0) or onnx.TensorProto.UINT8
+    dtype = zero.dtype if zero is not None else helper.tensor_dtype_to_np_dtype(code)
+    if dtype.kind not in "iu":
+        raise PayloadError(f"is quantised to {dtype}, which is not followed here")
+    levels = np.rint(data.astype(np.float32) / per_axis(scale, data, axis, block).astype(np.float32))
+    if zero is not None:
+        levels += per_axis(zero, data, axis, block).astype(np.float32)
+    limits = np.iinfo(dtype)
+    return np.clip(np.nan_to_num(levels), limits.min, limits.max).astype(dtype)
+
+
+def _elementwise(operator: Callable[..., Any]) -> Callable[[Node, list[Array | None], bool], Array]:
+    def compute(_: Node, operands: list[Array | None], only_shape: bool) -> Array:
+        arrays = [operand for operand in operands if operand is not None]
+        shape = np.broadcast_shapes(*(array.shape for array in arrays))
+        if math.prod(shape) > max(SPARSE_LIMIT, *(array.size for array in arrays)):
+            raise ValueError("it broadcasts to more elements than are made here")
+        if only_shape:
+            return np.broadcast_to(np.zeros((), np.float32), shape)
+        return np.asarray(operator(*arrays))
+
+    return compute
+
+
+def _divide(left: Array, right: Array) -> Array:
+    return left // right if left.dtype.kind in "iu" else left / right
+
+
+def _grow(shape: Sequence[int]) -> tuple[int, ...]:
+    if math.prod(shape) > SPARSE_LIMIT:
+        raise ValueError(f"it would have {math.prod(shape):,} elements")
+    return tuple(shape)
+
+
+def _constant_of_shape(_: Node, operands: list[Array | None], __: bool) -> Array:
+    fill = operands[1] if operands[1] is not None else np.zeros(1, np.float32)
+    return np.broadcast_to(fill.reshape(()), _grow([int(size) for size in _first(operands).ravel()]))
+
+
+def _expand(_: Node, operands: list[Array | None], __: bool) -> Array:
+    data, target = _first(operands), operands[1]
+    if target is None:
+        raise ValueError("Expand without a shape")
+    return np.broadcast_to(data, _grow(np.broadcast_shapes(data.shape, tuple(int(size) for size in target.ravel()))))
+
+
+def _concat(node: Node, operands: list[Array | None], _: bool) -> Array:
+    arrays = [operand for operand in operands if operand is not None]
+    _grow([sum(array.size for array in arrays)])
+    return np.concatenate(arrays, node.integer("axis", 0))
+
+
+def slices(node: Node, operands: Sequence[Array | None], rank: int) -> dict[int, slice]:
+    """The slices that Slice takes, by axis (attributes in version 1, inputs from version 10 on)."""
+
+    def numbers(position: int, name: str) -> list[int] | None:
+        if len(operands) > position and operands[position] is not None:
+            return [int(number) for number in np.ravel(operands[position])]  # type: ignore[arg-type]
+        given = node.integers(name)
+        return None if given is None else list(given)
+
+    starts, ends = numbers(1, "starts"), numbers(2, "ends")
+    if starts is None or ends is None:
+        raise ValueError("Slice without constant starts and ends")
+    axes = numbers(3, "axes") or list(range(len(starts)))
+    steps = numbers(4, "steps") or [1] * len(starts)
+    result = {}
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        # An end below the first element means "through the first" where the step is negative, as in ONNX, not NumPy.
+        result[axis if axis >= 0 else axis + rank] = slice(start, None if step < 0 and end < -(1 << 31) else end, step)
+    return result
+
+
+def _slice(node: Node, operands: list[Array | None], _: bool) -> Array:
+    data = _first(operands)
+    taken = slices(node, operands, data.ndim)
+    return data[tuple(taken.get(axis, slice(None)) for axis in range(data.ndim))]
+
+
+def _gather(node: Node, operands: list[Array | None], _: bool) -> Array:
+    indices = operands[1]
+    if indices is None:
+        raise ValueError("Gather without indices")
+    data, axis = _first(operands), node.integer("axis", 0)
+    _grow([max(1, data.size // max(1, data.shape[axis])) * max(1, indices.size)])
+    return np.take(data, indices.astype(np.int64), axis=axis)
+
+
+OPERATORS: Final[Mapping[str, Callable[[Node, list[Array | None], bool], Array]]] = MappingProxyType(
+    {
+        "Abs": _elementwise(np.abs),
+        "Add": _elementwise(np.add),
+        "Cast": _cast,
+        "Concat": _concat,
+        "ConstantOfShape": _constant_of_shape,
+        "DequantizeLinear": _dequantize,
+        "Div": _elementwise(_divide),
+        "Expand": _expand,
+        "Flatten": _flatten,
+        "Gather": _gather,
+        "Identity": lambda _, operands, __: _first(operands),
+        "Mul": _elementwise(np.multiply),
+        "Neg": _elementwise(np.negative),
+        "Pow": _elementwise(np.power),
+        "QuantizeLinear": _quantize,
+        "Reciprocal": _elementwise(np.reciprocal),
+        "Reshape": _reshape,
+        "Shape": lambda _, operands, __: np.array(_first(operands).shape, np.int64),
+        "Slice": _slice,
+        "Sqrt": _elementwise(np.sqrt),
+        "Squeeze": lambda node, operands, _: np.squeeze(_first(operands), _axes(node, operands)),
+        "Sub": _elementwise(np.subtract),
+        "Transpose": lambda node, operands, _: np.transpose(_first(operands), node.integers("perm")),
+        "Unsqueeze": _unsqueeze,
+    }
+)
+"""What each operator makes of constants. ``Identity`` is not computed but passed on."""

@@ -1,0 +1,75 @@
+"""A file held open and read by position."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from onnx_clp.errors import ModelFileError
+
+WINDOW: Final = 1 << 16
+"""Bytes read at once while walking: large enough that nodes come whole, small beside a payload that is jumped over."""
+
+
+class ByteSource:
+    """A regular file held open, read by position.
+
+    Reading by position rather than through a memory map means that a file cut short by somebody else
+    while it is read gives an error and not a bus fault.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``; raises ModelFileError where it is missing, unreadable, or no regular file."""
+        try:
+            # O_NONBLOCK: opening a FIFO that nobody writes to must not hang.
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ModelFileError(f"cannot open {path}: {reason}") from error
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._descriptor)
+            raise ModelFileError(f"{path} is not a regular file")
+        self.path = path
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino)
+        self._modified = status.st_mtime_ns
+
+    def read(self, start: int, length: int) -> bytes:
+        """Exactly ``length`` bytes from ``start``; raises ModelFileError where the file is shorter."""
+        pieces = []
+        while length > 0:
+            # One system call transfers at most about 2 GiB.
+            piece = os.pread(self._descriptor, min(length, 1 << 30), start)
+            if not piece:
+                raise ModelFileError(f"{self.path} became shorter while it was read")
+            pieces.append(piece)
+            start += len(piece)
+            length -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_into(self, start: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes from ``start``; raises ModelFileError where the file is shorter."""
+        while len(target):
+            count = os.preadv(self._descriptor, [target[: 1 << 30]], start)
+            if not count:
+                raise ModelFileError(f"{self.path} became shorter while it was read")
+            start += count
+            target = target[count:]
+
+    def window(self, start: int) -> bytes:
+        """Up to WINDOW bytes from ``start``."""
+        return os.pread(self._descriptor, WINDOW, start)
+
+    def unchanged(self) -> bool:
+        """Whether the open file has still the size and modification time it was opened with."""
+        status = os.fstat(self._descriptor)
+        return (status.st_size, status.st_mtime_ns) == (self.size, self._modified)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
