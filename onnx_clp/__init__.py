@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from onnx_clp._version import __version__
 from onnx_clp.errors import ModelFileError, OnnxClpError, UsageError, VerificationError
@@ -38,11 +38,11 @@ __all__ = [
 _SANITIZE = frozenset({"Check", "Left", "SanitizeReport", "Silenced", "sanitize"})
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import onnx and NumPy only when something that needs them is asked for: ``--version`` must not wait for them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415  # as late as everything else here
+    from importlib import import_module  # as late as everything else here
 
     module = import_module("onnx_clp.sanitize" if name in _SANITIZE else "onnx_clp.scan")
     value = getattr(module, name)

@@ -95,7 +95,7 @@ class _Walk:
         return not self.is_fixed(node, node.inputs[description.weight], shape)
 
     def is_fixed(self, node: Node, weight: int, shape: tuple[int, ...]) -> bool:
-        """Whether the kernel only reads out: the mean of a distribution over bins 0, 1, 2 …, or one enlargement for all.
+        """Whether the kernel only reads out: the mean of a distribution over bins 0, 1, 2 …, or one enlargement.
 
         The first ends the box branch of detectors (distribution focal loss), the second is a Resize written as a
         depthwise ConvTranspose.
@@ -116,7 +116,7 @@ class _Walk:
         if node.op_type == "Clip":  # ReLU6, where it does not just keep an image in 0 to 1
             low, high = (self.limit(node, position, name) for position, name in ((1, "min"), (2, "max")))
             return low == 0 and high is not None and high > 1
-        if node.op_type == "Mul" and len(node.inputs) == 2:  # noqa: PLR2004  # a binary operator
+        if node.op_type == "Mul" and len(node.inputs) == 2:  # a binary operator
             return self.gates_itself(*node.inputs) or self.gates_itself(*node.inputs[::-1])
         return node.op_type in _ACTIVATIONS
 

@@ -77,13 +77,13 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
             raise result
         return result
 
+    if isinstance(part, Produced):
+        return spectral_norms(kernel(part.node, constants))
     with np.errstate(all="ignore"):  # Inf and NaN are findings, not warnings
-        if isinstance(part, Produced):
-            return spectral_norms(kernel(part.node, constants))
         if isinstance(part, Scaled):
             return of(part.source) * _factors(part, of(part.source).size, constants)
         if isinstance(part, Summed):
-            return np.sqrt(np.sum([np.square(of(index)) for index in part.sources], axis=0))
+            return np.asarray(np.sqrt(np.sum([np.square(of(index)) for index in part.sources], axis=0)))
         if isinstance(part, Joined):
             return np.concatenate([of(index) for index in part.sources])
         return of(part.source)[part.indices]
@@ -100,7 +100,8 @@ def _factors(part: Scaled, channels: int, constants: Constants) -> Bounds:
     if part.axis == 0:
         return np.full(channels, factor.reshape(()))
     channel_axis = factor.ndim + part.axis
-    return factor.max(axis=tuple(axis for axis in range(factor.ndim) if axis != channel_axis))
+    largest: Bounds = np.max(factor, axis=tuple(axis for axis in range(factor.ndim) if axis != channel_axis))
+    return largest
 
 
 def normalisation_factors(node: Node, constants: Constants) -> Bounds:

@@ -1,4 +1,4 @@
-"""Ask onnxruntime: does a rewritten model load, and are its silenced channels silent? The only module that imports it."""
+"""Ask onnxruntime: does a rewritten model load, and are its silenced channels silent? Nothing else imports it."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def check_silence(
     return sum(len(part.channels) for part in observed)
 
 
-def _session(path: Path) -> Any:
-    import onnxruntime  # noqa: PLC0415  # optional, and slow to import
+def _session(path: Path) -> Any:  # noqa: ANN401  # onnxruntime is optional and has no types
+    import onnxruntime  # optional, and slow to import
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -115,7 +115,10 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _random_inputs(session: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+def _random_inputs(  # the session is onnxruntime's, which has no types
+    session: Any,  # noqa: ANN401
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Array]:
     """Standard normal numbers for float inputs, small ones for integer inputs."""
     generator = np.random.default_rng(0)
     inputs = {given.name: given for given in session.get_inputs()}

@@ -63,8 +63,8 @@ class SanitizeReport:
         destination: The output, as it was given.
         written: Whether it was written; False for a dry run.
         files: Names of the files written, the model last; empty for a dry run.
-        inputsha256: Of the input model, in hexadecimal; empty for a dry run.
-        outputsha256: Of the written model, in hexadecimal; empty for a dry run.
+        input_sha256: Of the input model, in hexadecimal; empty for a dry run.
+        output_sha256: Of the written model, in hexadecimal; empty for a dry run.
         max_share: The share of a layer's channels that could be silenced at most.
         silenced: Per layer.
         left: Flagged and not silenced, per layer.
@@ -78,8 +78,8 @@ class SanitizeReport:
     destination: str
     written: bool
     files: tuple[str, ...]
-    inputsha256: str
-    outputsha256: str
+    input_sha256: str
+    output_sha256: str
     max_share: float
     silenced: tuple[Silenced, ...]
     left: tuple[Left, ...]
@@ -94,7 +94,7 @@ class SanitizeReport:
         return sum(len(part.channels) for part in self.silenced)
 
 
-def sanitize(  # noqa: PLR0913  # each option is one of the command's
+def sanitize(  # each option is one of the command's
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     u: float = DEFAULT_U,
@@ -109,9 +109,9 @@ def sanitize(  # noqa: PLR0913  # each option is one of the command's
 ) -> SanitizeReport:
     """Write a copy of an ONNX model in which the flagged channels are silent: their output is exactly 0.
 
-    Only the numbers that silence a channel change (γ and β of its BN, or its row of a folded kernel and its bias), apart
-    from tensors that must be un-shared, the names of external data files, and a note in ``metadata_props``. The written
-    file is verified before it takes its place.
+    Only the numbers that silence a channel change (γ and β of its BN, or its row of a folded kernel and its bias),
+    apart from tensors that must be un-shared, the names of external data files, and a note in ``metadata_props``.
+    The written file is verified before it takes its place.
 
     Args:
         src: The ONNX file.
@@ -147,8 +147,8 @@ def sanitize(  # noqa: PLR0913  # each option is one of the command's
             destination=os.fspath(dst),
             written=False,
             files=(),
-            inputsha256="",
-            outputsha256="",
+            input_sha256="",
+            output_sha256="",
             max_share=max_share,
             silenced=silenced,
             left=(*left, *refused),
@@ -182,7 +182,7 @@ def _with(
 ) -> SanitizeReport:
     """``report`` after its files were written."""
     return replace(
-        report, written=True, files=files, inputsha256=digests[0], outputsha256=digests[1], checks=checks, after=after
+        report, written=True, files=files, input_sha256=digests[0], output_sha256=digests[1], checks=checks, after=after
     )
 
 
@@ -245,6 +245,6 @@ def _note(u: float, digest: str, silenced: tuple[Silenced, ...]) -> dict[str, st
     return {
         "version": __version__,
         "u": repr(u),
-        "inputsha256": digest,
+        "input_sha256": digest,
         "silenced": json.dumps({part.layer: part.channels for part in silenced}, separators=(",", ":")),
     }

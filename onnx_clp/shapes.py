@@ -14,11 +14,11 @@ from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.operators import linear
 
 _RANK_KEEPING: Final = frozenset(
-    """Identity Cast Dropout Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg MaxPool AveragePool GlobalAveragePool
-    GlobalMaxPool Resize Upsample QuantizeLinear DequantizeLinear LeakyRelu Elu Celu HardSigmoid Selu HardSwish Gelu Mish
-    Swish ThresholdedRelu Exp Log Sqrt Softmax LogSoftmax BatchNormalization InstanceNormalization LayerNormalization
-    GroupNormalization LpNormalization LRN Pad Conv ConvTranspose ConvInteger QLinearConv DeformConv FusedConv Split Slice
-    Concat Erf""".split()  # noqa: SIM905  # a list of forty strings is harder to read
+    """Identity Cast Dropout Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg Exp Log Sqrt Erf Softmax LogSoftmax
+    LeakyRelu Elu Celu HardSigmoid Selu HardSwish Gelu Mish Swish ThresholdedRelu QuantizeLinear DequantizeLinear
+    MaxPool AveragePool GlobalAveragePool GlobalMaxPool Resize Upsample Pad Split Slice Concat
+    BatchNormalization InstanceNormalization LayerNormalization GroupNormalization LpNormalization LRN
+    Conv ConvTranspose ConvInteger QLinearConv DeformConv FusedConv""".split()  # noqa: SIM905  # read as a list
 )
 _ELEMENTWISE: Final = frozenset({"Add", "Sub", "Mul", "Div", "Sum", "Pow", "Min", "Max", "Mean", "PRelu", "Where"})
 _GLOBAL_POOLS: Final = frozenset({"GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"})
@@ -121,7 +121,7 @@ def _rank(known: Shapes, node: Node) -> int | None:
 
 
 def _is_pooled(known: Shapes, node: Node) -> bool:
-    """Whether the outputs of ``node`` are globally pooled: it pools, or all it works on is pooled and it spreads nothing."""
+    """Whether ``node`` pools globally, or works on nothing but pooled values and spreads nothing."""
     if not node.standard:
         return False
     if node.op_type in _GLOBAL_POOLS:

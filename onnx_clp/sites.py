@@ -123,9 +123,10 @@ class _Surveyor:
         found: dict[int, Site | Skipped] = {}
         for node in self.graph.nodes:
             if _is_batch_normalization(node):
-                found[node.index] = self.normalisation(node)
-                if isinstance(found[node.index], Skipped):
-                    self.block(node, found[node.index])
+                part = self.normalisation(node)
+                found[node.index] = part
+                if isinstance(part, Skipped):
+                    self.block(node, part)
         for node in self.graph.nodes:
             if node.op_type == "Mul" and node.standard and node.index in self.graph.live:
                 site = self.spelled_out(node)
@@ -176,7 +177,7 @@ class _Surveyor:
         return self.site(node, flow, output.source, (Knob(node, 1, -1), Knob(node, 2, -1)), node.outputs[0])
 
     def block(self, node: Node, skipped: Skipped) -> None:
-        """Remember the operators right before a BN that was skipped: their BN was not folded in, so they are no sites."""
+        """Remember the operator right before a BN that was skipped: its BN was not folded in, so it is no site."""
         flow = self.trace.flows.get(node.inputs[0]) if node.inputs and skipped.reason is not Reason.UNUSED else None
         part = self.trace.sources[flow.source] if isinstance(flow, Flow) else None
         if isinstance(part, Produced):
@@ -209,7 +210,7 @@ class _Surveyor:
         )
 
     def constant_axis(self, node: Node, position: int) -> int | None:
-        """The axis, from the end, along which the constant at ``position`` of a binary operator has a slice per channel."""
+        """The axis, from the end, along which the constant at ``position`` has a slice for each channel."""
         if len(node.inputs) != 2:
             return None
         shape = self.constants.shape(node.inputs[position])

@@ -1,7 +1,7 @@
 """Graph → Trace: for every value, which linear operators its channels come from, and by which factors.
 
-Activations of Lipschitz constant 1 at most and pooling leave a bound as it is. Whatever else a value comes from makes it
-*lost*, with the operator that lost it named. The walk is one pass in topological order: linear in the graph.
+Activations of Lipschitz constant 1 at most and pooling leave a bound as it is. Whatever else a value comes from makes
+it *lost*, with the operator that lost it named. The walk is one pass in topological order: linear in the graph.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _Tracer:
         shape = self.constants.shape(value)
         try:
             if shape is None:
-                raise self.constants.refusal(value)  # noqa: TRY301  # one way out for both kinds of refusal
+                raise self.constants.refusal(value)  # one way out for both kinds of refusal
             channels = channel_count(node, shape)
         except PayloadError as error:
             self.refused[node.index] = error

@@ -77,7 +77,7 @@ def _check_scan(before: Analysis, after: Analysis, done: Sequence[Choice]) -> Ch
         channels = list(silent.get(id(old), ()))
         if np.any(new.bounds[channels] != 0):
             raise VerificationError(f"a channel of {old.site.node.name!r} is not silent in the written file")
-        # A channel silenced upstream takes its share out of the sums behind it; the last bits may differ with the order.
+        # A channel silenced upstream takes its share out of the sums behind it.
         grown = new.bounds > old.bounds * (1 + 1e-12)
         if np.any(grown):
             raise VerificationError(f"a bound of {old.site.node.name!r} grew in the written file")
@@ -173,6 +173,7 @@ def _observed(analysis: Analysis, done: Sequence[Choice]) -> Iterator[runtime.Ob
 
 
 def sha256(source: ByteSource) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     for start in range(0, source.size, COPY_BLOCK):
         digest.update(source.read(start, min(COPY_BLOCK, source.size - start)))

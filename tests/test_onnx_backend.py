@@ -81,16 +81,23 @@ def assert_all_seen(model: onnx.ModelProto, report: onnx_clp.ScanReport) -> None
     assert len({name for names in layers for name in names} | {part.name for part in report.skipped}) >= wanted
 
 
+def as_array(value: Any) -> Any:  # noqa: ANN401  a value of any of ONNX's types
+    """The value of a case as an array, where it is a tensor."""
+    if isinstance(value, onnx.TensorProto):
+        return numpy_helper.to_array(value)
+    return np.asarray(value) if isinstance(value, np.generic) else value
+
+
 def frozen(case: Any, first: int) -> Iterator[onnx.ModelProto]:
     """The model of ``case`` with its inputs from ``first`` on made initializers; nothing where they are no tensors."""
-    given = case.data_sets[0][0]
+    given = list(map(as_array, case.data_sets[0][0]))
     names = [value.name for value in case.model.graph.input]
-    if len(given) != len(names) or not all(isinstance(array, np.ndarray | np.generic) for array in given):
+    if len(given) != len(names) or not all(isinstance(array, np.ndarray) for array in given):
         return
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
     for name, array in list(zip(names, given, strict=True))[first:]:
-        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
     del model.graph.input[first:]
     yield model
 
@@ -98,21 +105,27 @@ def frozen(case: Any, first: int) -> Iterator[onnx.ModelProto]:
 # -- constants ---------------------------------------------------------------------------------------------------------
 
 
+LARGEST = 4096
+"""Numbers in a kernel: more would show nothing more."""
+
+
 def as_kernel(case: Any) -> tuple[onnx.ModelProto, NDArray[np.float32]] | None:
     """A model with a Conv whose kernel (n, 1, 1, 1) the case computes from constants alone, and these n numbers.
 
     None where the case gives no numbers, or too many.
     """
-    models, outputs = list(frozen(case, first=0)), case.data_sets[0][1]
-    if not models or not isinstance(outputs[0], np.ndarray) or not 0 < outputs[0].size <= 4096:
-        return None
-    if outputs[0].dtype.kind in "OUSc" or outputs[0].dtype.kind == "V" and outputs[0].dtype.names:
+    models, result = list(frozen(case, first=0)), as_array(case.data_sets[0][1][0])
+    if (
+        not models
+        or not isinstance(result, np.ndarray)
+        or not 0 < result.size <= LARGEST
+        or result.dtype.kind in "OUSc"
+    ):
         return None
     (model,) = models
     graph = model.graph
-    result = graph.output[0].name
     graph.node.extend([
-        helper.make_node("Cast", [result], ["kernel_float"], "kernel_cast", to=TensorProto.FLOAT),
+        helper.make_node("Cast", [graph.output[0].name], ["kernel_float"], "kernel_cast", to=TensorProto.FLOAT),
         helper.make_node("Reshape", ["kernel_float", "kernel_shape"], ["kernel"], "kernel_reshape"),
         helper.make_node("Conv", ["kernel_image", "kernel"], ["kernel_made"], "kernel_conv"),
         helper.make_node("Relu", ["kernel_made"], ["kernel_end"], "kernel_relu"),
@@ -120,9 +133,9 @@ def as_kernel(case: Any) -> tuple[onnx.ModelProto, NDArray[np.float32]] | None:
     graph.initializer.append(numpy_helper.from_array(np.array([-1, 1, 1, 1]), "kernel_shape"))
     del graph.output[:]
     graph.input.append(helper.make_tensor_value_info("kernel_image", TensorProto.FLOAT, [1, 1, 4, 4]))
-    graph.output.append(helper.make_tensor_value_info("kernel_end", TensorProto.FLOAT, [1, outputs[0].size, 4, 4]))
+    graph.output.append(helper.make_tensor_value_info("kernel_end", TensorProto.FLOAT, [1, result.size, 4, 4]))
     with np.errstate(all="ignore"):
-        return model, outputs[0].ravel().astype(np.float32)
+        return model, result.ravel().astype(np.float32)
 
 
 FOLDED = {"Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "DequantizeLinear", "Mul"}

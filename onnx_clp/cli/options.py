@@ -12,25 +12,16 @@ import click
 
 from onnx_clp.errors import UsageError
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-
-class Share(click.ParamType):
-    """A share of a whole: ``10%`` or ``0.1``."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """``value`` as a number between 0 and 1."""
-        if isinstance(value, float):
-            return value
-        try:
-            share = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 1:
-            self.fail(f"{value!r} is no share: give 10% or 0.1", param, ctx)
-        return share
+def share(_: click.Context, __: click.Parameter, value: str) -> float:
+    """A share of a whole, ``10%`` or ``0.1``, as a number between 0 and 1."""
+    try:
+        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise click.BadParameter(f"{value!r} is no share: give 10% or 0.1")
+    return number
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:

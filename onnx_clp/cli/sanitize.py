@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import Share, common, deliver, terminal_style
+from onnx_clp.cli.options import common, deliver, share, terminal_style
 
 
-class InputShape(click.ParamType):
-    """``name=1,3,224,224``."""
-
-    name = "input shape"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, tuple[int, ...]]:
-        """Name and shape."""
-        name, _, sizes = value.rpartition("=")
-        try:
-            shape = tuple(int(size) for size in sizes.split(","))
-        except ValueError:
-            shape = ()
-        if not name or not shape or min(shape) < 1:
-            self.fail(f"{value!r}: give name=1,3,224,224", param, ctx)
-        return name, shape
+def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Each ``name=1,3,224,224`` as a name and a shape."""
+    shapes = {}
+    for value in values:
+        name, _equals, sizes = value.rpartition("=")
+        if not name or not all(size.isdecimal() and int(size) for size in sizes.split(",")):
+            raise click.BadParameter(f"{value!r}: give name=1,3,224,224")
+        shapes[name] = tuple(int(size) for size in sizes.split(","))
+    return shapes
 
 
 @click.command("sanitize", short_help="Write a copy of a model with its flagged channels silenced.")
@@ -36,7 +27,7 @@ class InputShape(click.ParamType):
 @common
 @click.option(
     "--max-share",
-    type=Share(),
+    callback=share,
     default="10%",
     show_default=True,
     metavar="SHARE",
@@ -46,16 +37,16 @@ class InputShape(click.ParamType):
 @click.option("--force", is_flag=True, help="Overwrite OUT and its data files.")
 @click.option("--in-place", is_flag=True, help="Allow OUT to be IN; OUT may then be left out.")
 @click.option("--no-metadata", is_flag=True, help="Leave out the note in metadata_props.")
-@click.option("--input-shape", "shapes", type=InputShape(), multiple=True, metavar="NAME=SHAPE",
-              help="Shape of an input for the run in onnxruntime, where the model leaves it open: x=1,3,224,224.")  # fmt: skip
-def command(  # noqa: PLR0913  # one parameter an option
+@click.option("--input-shape", "shapes", callback=input_shapes, multiple=True, metavar="NAME=SHAPE",
+              help="Shape of an input for the run in onnxruntime where the model leaves it open.")  # fmt: skip
+def command(  # one parameter an option
     source: Path,
     destination: Path | None,
     u: float,
     max_share: float,
     form: str,
     output: Path | None,
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    shapes: dict[str, tuple[int, ...]],
     *,
     count_dead: bool,
     quiet: bool,
@@ -71,8 +62,8 @@ def command(  # noqa: PLR0913  # one parameter an option
     Only the numbers that silence a channel change. The copy is verified before it takes its place: byte for byte, by a
     new scan, by onnx.checker, and by onnxruntime where it is installed.
     """
-    from onnx_clp.report import json, text  # noqa: PLC0415  # as late as onnx and NumPy
-    from onnx_clp.sanitize import sanitize  # noqa: PLC0415
+    from onnx_clp.report import json, text  # as late as onnx and NumPy
+    from onnx_clp.sanitize import sanitize
 
     if destination is None and not (in_place or dry_run):
         raise click.UsageError("Missing argument 'OUT' (or --in-place).")
@@ -86,7 +77,7 @@ def command(  # noqa: PLR0913  # one parameter an option
         force=force,
         in_place=in_place,
         dry_run=dry_run,
-        input_shapes=dict(shapes),
+        input_shapes=shapes,
     )
     rendered = (
         json.render_sanitize(report)

@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import Share, common, deliver, terminal_style
+from onnx_clp.cli.options import common, deliver, share, terminal_style
 from onnx_clp.errors import ModelFileError, OnnxClpError
 
 if TYPE_CHECKING:
@@ -19,35 +19,30 @@ if TYPE_CHECKING:
     from onnx_clp.scan import ScanReport
 
 
-class Gate(click.ParamType):
-    """``never``, a number of channels, or a share of the judged channels in per cent."""
-
-    name = "gate"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float | None:
-        """None for never, an int for a number of channels, a float for a share."""
-        if value == "never":
-            return None
-        if value.endswith("%"):
-            share = Share().convert(value, param, ctx)
-            if share > 0:
-                return share
-        elif value.isdecimal() and int(value) > 0:
-            return int(value)
-        return self.fail(f"{value!r}: give never, a number of channels such as 1, or a share such as 0.5%", param, ctx)
+def gate(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
+    """None for ``never``, an int for a number of channels, a float for a share of the judged channels."""
+    if value == "never":
+        return None
+    if value.endswith("%"):
+        number = share(context, parameter, value)
+        if number > 0:
+            return number
+    elif value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter(f"{value!r}: give never, a number of channels such as 1, or a share such as 0.5%")
 
 
 @click.command("scan", short_help="Find outlier channels in ONNX models.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path))
 @common
-@click.option("--fail-on", "gate", type=Gate(), default="never", show_default=True, metavar="GATE",
-              help="Exit with 1 at this many findings (flagged, NaN or Inf channels): a number, or a share of the judged "
-              "channels such as 0.5%. An outlier is evidence and not a verdict.")  # fmt: skip
+@click.option("--fail-on", "limit", callback=gate, default="never", show_default=True, metavar="GATE",
+              help="Exit with 1 at this many findings (flagged, NaN or Inf channels): a number, or a share of the "
+              "judged channels such as 0.5%. An outlier is evidence and not a verdict.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with 3 where anything was skipped or could not be judged.")
-def command(  # noqa: PLR0913  # one parameter an option
+def command(  # one parameter an option
     paths: tuple[Path, ...],
     u: float,
-    gate: float | None,
+    limit: float | None,
     form: str,
     output: Path | None,
     *,
@@ -62,19 +57,19 @@ def command(  # noqa: PLR0913  # one parameter an option
     PATH is an ONNX file, or a folder, of which every *.onnx below is scanned. A channel stands out where the upper
     bound of its Lipschitz constant exceeds mean + u·std of its layer.
     """
-    from onnx_clp.report import json, text  # noqa: PLC0415  # as late as onnx and NumPy
-    from onnx_clp.scan import check_u  # noqa: PLC0415
+    from onnx_clp.report import json, text  # as late as onnx and NumPy
+    from onnx_clp.scan import check_u
 
     check_u(u)
     outcomes = list(_scan_all(list(_files(paths)), u, count_dead=count_dead, quiet=quiet, debug=debug))
     report = json.render(outcomes) if form == "json" else text.render(outcomes, terminal_style(output), verbose=verbose)
     deliver(report, output, quiet=quiet)
-    return exit_code(outcomes, gate, strict=strict)
+    return exit_code(outcomes, limit, strict=strict)
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path | Outcome]:
     """Every file to scan; a folder stands for the ``*.onnx`` files below it."""
-    from onnx_clp.report.outcome import Outcome  # noqa: PLC0415
+    from onnx_clp.report.outcome import Outcome
 
     for path in paths:
         if not path.is_dir():
@@ -93,8 +88,8 @@ def _scan_all(
     files: list[Path | Outcome], u: float, *, count_dead: bool, quiet: bool, debug: bool
 ) -> Iterable[Outcome]:
     """Scan one file after the other; one that cannot be read does not stop the others."""
-    from onnx_clp.report.outcome import Outcome  # noqa: PLC0415
-    from onnx_clp.scan import scan  # noqa: PLC0415
+    from onnx_clp.report.outcome import Outcome
+    from onnx_clp.scan import scan
 
     hidden = quiet or len(files) == 1 or not sys.stderr.isatty()
     with click.progressbar(files, label="scanning", file=sys.stderr, hidden=hidden) as progress:
@@ -110,21 +105,21 @@ def _scan_all(
                 yield Outcome(os.fspath(entry), error=error)
 
 
-def exit_code(outcomes: Sequence[Outcome], gate: float | None, *, strict: bool) -> Exit:
+def exit_code(outcomes: Sequence[Outcome], limit: float | None, *, strict: bool) -> Exit:
     """The worst of what came of the files: an error, then a gate reached, then something not analysed."""
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
     if len(reports) < len(outcomes):
         return Exit.ERROR
-    if any(_at_gate(report, gate) for report in reports):
+    if any(_at_gate(report, limit) for report in reports):
         return Exit.FLAGGED
     if any(not report.analysed or (strict and not report.complete) for report in reports):
         return Exit.NOT_ANALYSED
     return Exit.FINE
 
 
-def _at_gate(report: ScanReport, gate: float | None) -> bool:
-    if gate is None:
+def _at_gate(report: ScanReport, limit: float | None) -> bool:
+    if limit is None:
         return False
-    if isinstance(gate, int):
-        return report.findings >= gate
-    return report.findings > 0 and report.findings >= gate * max(1, report.judged_channels)
+    if isinstance(limit, int):
+        return report.findings >= limit
+    return report.findings > 0 and report.findings >= limit * max(1, report.judged_channels)

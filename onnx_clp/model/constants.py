@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from onnx_clp.model.file import ModelFile
-from onnx_clp.model.fold import OPERATORS, compute
+from onnx_clp.model.fold import OPERATORS, compute, compute_shape
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import Array, PayloadError, Place, Stored, place, read, stored
 
@@ -71,7 +71,7 @@ class Constants:
         return self.evaluate(constant)
 
     def small(self, value: int) -> Array | None:
-        """The elements of a constant of at most EAGER_LIMIT elements; None where it is larger, unreadable or no constant."""
+        """The elements of a constant of at most EAGER_LIMIT; None where it is larger, unreadable or no constant."""
         constant = self._known.get(value)
         if constant is None or constant.size > EAGER_LIMIT:
             return None
@@ -158,23 +158,16 @@ class Constants:
             self._refused[node.outputs[0]] = PayloadError(f"weight {name!r}: {node.op_type}: {error}")
 
     def _derive(self, node: Node, operands: Sequence[Constant | None]) -> None:
-        """Compute small constants at once; of others only the shape, by the same operator on arrays without memory."""
-        inputs = [None if operand is None else operand.shape for operand in operands]
-        if all(shape is None or math.prod(shape) <= EAGER_LIMIT for shape in inputs):
-            shape = compute(node, [None if operand is None else self.evaluate(operand) for operand in operands]).shape
-        else:
-            shape = compute(
-                node,
-                [
-                    None
-                    if operand is None
-                    else self.evaluate(operand)
-                    if operand.size <= EAGER_LIMIT
-                    else np.broadcast_to(np.zeros((), np.float32), operand.shape)
-                    for operand in operands
-                ],
-                only_shape=True,
-            ).shape
+        """Find the shape of what ``node`` makes, by the operator itself on stand-ins for large arrays."""
+        stand_ins = [
+            None
+            if operand is None
+            else self.evaluate(operand)
+            if operand.size <= EAGER_LIMIT
+            else np.broadcast_to(np.zeros((), np.float32), operand.shape)
+            for operand in operands
+        ]
+        shape = compute_shape(node, stand_ins)
         self._known[node.outputs[0]] = Derived(node, tuple(operands), shape)
 
     def _constant(self, node: Node) -> None:

@@ -5,7 +5,7 @@ The lengths of the messages around an edit that changes its size are edited too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -81,15 +81,15 @@ def with_lengths(edits: Iterable[Edit]) -> tuple[Edit, ...]:
     return tuple(result)
 
 
-def copy_with_edits(source: ByteSource, edits: tuple[Edit, ...], write: Callable[[bytes], object]) -> None:
-    """Stream ``source`` with ``edits`` (in file order, complete with lengths) applied to ``write``."""
+def pieces(source: ByteSource, edits: tuple[Edit, ...]) -> Iterator[bytes]:
+    """``source`` with ``edits`` (in file order, complete with lengths) applied, piece by piece."""
     position = 0
     for edit in (*edits, Edit(Span(source.size, source.size), b"")):
         while position < edit.span.start:
             piece = source.read(position, min(COPY_BLOCK, edit.span.start - position))
-            write(piece)
+            yield piece
             position += len(piece)
-        write(edit.content)
+        yield edit.content
         position = max(position, edit.span.end)
 
 

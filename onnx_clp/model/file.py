@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -99,7 +99,7 @@ class ModelFile:
         for data in self.data_files():
             data.source.close()
 
-    def __enter__(self) -> ModelFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,26 +128,31 @@ def open_model(path: Path, allow_roots: tuple[Path, ...] = ()) -> ModelFile:
     """
     source = ByteSource(path)
     try:
-        head = source.read(0, min(64, source.size))
-        _refuse_foreign(path, head)
-        skeleton, layout = walk(source)
-        if len(skeleton) >= SKELETON_LIMIT:
-            raise ModelFileError(f"{path} holds 2 GiB or more besides its weights, which protobuf cannot read")
-        try:
-            proto = onnx.ModelProto.FromString(skeleton)
-        except DecodeError as error:
-            raise ModelFileError(
-                f"{path} is not a readable ONNX model: protobuf refuses it",
-                "the file is truncated, corrupt, or of another format",
-            ) from error
-        if not proto.HasField("graph"):
-            raise ModelFileError(
-                f"{path} is not an ONNX model: it holds no graph", "the file is truncated or of another format"
-            )
+        skeleton, layout = _walk_model(source)
+        return ModelFile(path, source, _parse(path, skeleton), layout, tuple(root.resolve() for root in allow_roots))
     except BaseException:
         source.close()
         raise
-    return ModelFile(path, source, proto, layout, tuple(root.resolve() for root in allow_roots))
+
+
+def _walk_model(source: ByteSource) -> tuple[bytes, Layout]:
+    _refuse_foreign(source.path, source.read(0, min(64, source.size)))
+    skeleton, layout = walk(source)
+    if len(skeleton) >= SKELETON_LIMIT:
+        raise ModelFileError(f"{source.path} holds 2 GiB or more besides its weights, which protobuf cannot read")
+    return skeleton, layout
+
+
+def _parse(path: Path, skeleton: bytes) -> onnx.ModelProto:
+    try:
+        proto = onnx.ModelProto.FromString(skeleton)
+    except DecodeError as error:
+        advice = "the file is truncated, corrupt, or of another format"
+        raise ModelFileError(f"{path} is not a readable ONNX model: protobuf refuses it", advice) from error
+    if not proto.HasField("graph"):
+        advice = "the file is truncated or of another format"
+        raise ModelFileError(f"{path} is not an ONNX model: it holds no graph", advice)
+    return proto
 
 
 def _refuse_foreign(path: Path, head: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnx
@@ -14,14 +14,25 @@ from onnx import helper
 from onnx_clp.model.graph import Node
 from onnx_clp.model.tensors import SPARSE_LIMIT, Array, PayloadError
 
+Operands = list[Array | None]
 
-def compute(node: Node, operands: list[Array | None], *, only_shape: bool = False) -> Array:
-    """What ``node`` makes of ``operands``; with ``only_shape`` the elements do not matter."""
+
+def compute(node: Node, operands: Operands) -> Array:
+    """What ``node`` makes of ``operands``."""
     with np.errstate(all="ignore"):  # an Inf or NaN that comes out is a finding, not a warning
-        return np.asarray(OPERATORS[node.op_type](node, operands, only_shape))
+        return np.asarray(OPERATORS[node.op_type](node, operands))
 
 
-def _axes(node: Node, operands: list[Array | None]) -> tuple[int, ...] | None:
+def compute_shape(node: Node, operands: Operands) -> tuple[int, ...]:
+    """The shape of what ``node`` makes of ``operands``, of which large ones may be arrays that take no memory."""
+    if node.op_type in _LIKE_FIRST:
+        return tuple(_first(operands).shape)
+    if node.op_type in _BROADCASTING:
+        return _broadcast_shape(operands)
+    return tuple(compute(node, operands).shape)
+
+
+def _axes(node: Node, operands: Operands) -> tuple[int, ...] | None:
     """Axes of Squeeze and Unsqueeze: an attribute up to opset 12, an input from 13 on."""
     axes = node.integers("axes")
     if axes is None and len(operands) > 1 and operands[1] is not None:
@@ -29,13 +40,13 @@ def _axes(node: Node, operands: list[Array | None]) -> tuple[int, ...] | None:
     return axes
 
 
-def _first(operands: list[Array | None]) -> Array:
+def _first(operands: Operands) -> Array:
     if operands[0] is None:
         raise ValueError("its first input is left out")
     return operands[0]
 
 
-def _reshape(node: Node, operands: list[Array | None], _: bool) -> Array:
+def _reshape(node: Node, operands: Operands) -> Array:
     data = _first(operands)
     given = node.integers("shape") if len(operands) < 2 or operands[1] is None else operands[1].ravel()
     if given is None:
@@ -47,19 +58,19 @@ def _reshape(node: Node, operands: list[Array | None], _: bool) -> Array:
     return data.reshape(shape)
 
 
-def _unsqueeze(node: Node, operands: list[Array | None], _: bool) -> Array:
+def _unsqueeze(node: Node, operands: Operands) -> Array:
     return np.expand_dims(_first(operands), _axes(node, operands) or ())
 
 
-def _flatten(node: Node, operands: list[Array | None], _: bool) -> Array:
+def _flatten(node: Node, operands: Operands) -> Array:
     data = _first(operands)
     axis = node.integer("axis", 1)
     return data.reshape(math.prod(data.shape[: axis if axis >= 0 else axis + data.ndim]), -1)
 
 
-def _cast(node: Node, operands: list[Array | None], only_shape: bool) -> Array:
+def _cast(node: Node, operands: Operands) -> Array:
     data = _first(operands)
-    return data if only_shape else data.astype(helper.tensor_dtype_to_np_dtype(node.integer("to", 1)))
+    return data.astype(helper.tensor_dtype_to_np_dtype(node.integer("to", 1)))
 
 
 def per_axis(parameter: Array, data: Array, axis: int, block: int) -> Array:
@@ -73,10 +84,10 @@ def per_axis(parameter: Array, data: Array, axis: int, block: int) -> Array:
     return repeated[tuple(slice(0, size) for size in data.shape)]
 
 
-def _dequantize(node: Node, operands: list[Array | None], only_shape: bool) -> Array:
+def _dequantize(node: Node, operands: Operands) -> Array:
     data, scale = _first(operands), operands[1]
-    if only_shape or scale is None:
-        return data
+    if scale is None:
+        raise ValueError("it has no scale")
     axis, block = node.integer("axis", 1), node.integer("block_size", 0)
     result = data.astype(np.float32)
     if len(operands) > 2 and operands[2] is not None:
@@ -85,10 +96,10 @@ def _dequantize(node: Node, operands: list[Array | None], only_shape: bool) -> A
     return result if scale.dtype == np.float32 else result.astype(scale.dtype)
 
 
-def _quantize(node: Node, operands: list[Array | None], only_shape: bool) -> Array:
+def _quantize(node: Node, operands: Operands) -> Array:
     data, scale = _first(operands), operands[1]
-    if only_shape or scale is None:
-        return data
+    if scale is None:
+        raise ValueError("it has no scale")
     axis, block = node.integer("axis", 1), node.integer("block_size", 0)
     zero = operands[2] if len(operands) > 2 else None
     code = node.integer("output_dtype", 0) or onnx.TensorProto.UINT8
@@ -99,18 +110,22 @@ def _quantize(node: Node, operands: list[Array | None], only_shape: bool) -> Arr
     if zero is not None:
         levels += per_axis(zero, data, axis, block).astype(np.float32)
     limits = np.iinfo(dtype)
-    return np.clip(np.nan_to_num(levels), limits.min, limits.max).astype(dtype)
+    clipped: Array = np.clip(np.nan_to_num(levels), limits.min, limits.max)
+    return clipped.astype(dtype)
 
 
-def _elementwise(operator: Callable[..., Any]) -> Callable[[Node, list[Array | None], bool], Array]:
-    def compute(_: Node, operands: list[Array | None], only_shape: bool) -> Array:
-        arrays = [operand for operand in operands if operand is not None]
-        shape = np.broadcast_shapes(*(array.shape for array in arrays))
-        if math.prod(shape) > max(SPARSE_LIMIT, *(array.size for array in arrays)):
-            raise ValueError("it broadcasts to more elements than are made here")
-        if only_shape:
-            return np.broadcast_to(np.zeros((), np.float32), shape)
-        return np.asarray(operator(*arrays))
+def _broadcast_shape(operands: Operands) -> tuple[int, ...]:
+    arrays = [operand for operand in operands if operand is not None]
+    shape = np.broadcast_shapes(*(array.shape for array in arrays))
+    if math.prod(shape) > max(SPARSE_LIMIT, *(array.size for array in arrays)):
+        raise ValueError("it broadcasts to more elements than are made here")
+    return shape
+
+
+def _elementwise(operator: Callable[..., Array]) -> Callable[[Node, Operands], Array]:
+    def compute(_: Node, operands: Operands) -> Array:
+        _broadcast_shape(operands)
+        return operator(*(operand for operand in operands if operand is not None))
 
     return compute
 
@@ -125,19 +140,19 @@ def _grow(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _constant_of_shape(_: Node, operands: list[Array | None], __: bool) -> Array:
+def _constant_of_shape(_: Node, operands: Operands) -> Array:
     fill = operands[1] if operands[1] is not None else np.zeros(1, np.float32)
     return np.broadcast_to(fill.reshape(()), _grow([int(size) for size in _first(operands).ravel()]))
 
 
-def _expand(_: Node, operands: list[Array | None], __: bool) -> Array:
+def _expand(_: Node, operands: Operands) -> Array:
     data, target = _first(operands), operands[1]
     if target is None:
         raise ValueError("Expand without a shape")
     return np.broadcast_to(data, _grow(np.broadcast_shapes(data.shape, tuple(int(size) for size in target.ravel()))))
 
 
-def _concat(node: Node, operands: list[Array | None], _: bool) -> Array:
+def _concat(node: Node, operands: Operands) -> Array:
     arrays = [operand for operand in operands if operand is not None]
     _grow([sum(array.size for array in arrays)])
     return np.concatenate(arrays, node.integer("axis", 0))
@@ -164,13 +179,13 @@ def slices(node: Node, operands: Sequence[Array | None], rank: int) -> dict[int,
     return result
 
 
-def _slice(node: Node, operands: list[Array | None], _: bool) -> Array:
+def _slice(node: Node, operands: Operands) -> Array:
     data = _first(operands)
     taken = slices(node, operands, data.ndim)
     return data[tuple(taken.get(axis, slice(None)) for axis in range(data.ndim))]
 
 
-def _gather(node: Node, operands: list[Array | None], _: bool) -> Array:
+def _gather(node: Node, operands: Operands) -> Array:
     indices = operands[1]
     if indices is None:
         raise ValueError("Gather without indices")
@@ -179,7 +194,7 @@ def _gather(node: Node, operands: list[Array | None], _: bool) -> Array:
     return np.take(data, indices.astype(np.int64), axis=axis)
 
 
-OPERATORS: Final[Mapping[str, Callable[[Node, list[Array | None], bool], Array]]] = MappingProxyType(
+OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxyType(
     {
         "Abs": _elementwise(np.abs),
         "Add": _elementwise(np.add),
@@ -191,20 +206,23 @@ OPERATORS: Final[Mapping[str, Callable[[Node, list[Array | None], bool], Array]]
         "Expand": _expand,
         "Flatten": _flatten,
         "Gather": _gather,
-        "Identity": lambda _, operands, __: _first(operands),
+        "Identity": lambda _, operands: _first(operands),
         "Mul": _elementwise(np.multiply),
         "Neg": _elementwise(np.negative),
         "Pow": _elementwise(np.power),
         "QuantizeLinear": _quantize,
         "Reciprocal": _elementwise(np.reciprocal),
         "Reshape": _reshape,
-        "Shape": lambda _, operands, __: np.array(_first(operands).shape, np.int64),
+        "Shape": lambda _, operands: np.array(_first(operands).shape, np.int64),
         "Slice": _slice,
         "Sqrt": _elementwise(np.sqrt),
-        "Squeeze": lambda node, operands, _: np.squeeze(_first(operands), _axes(node, operands)),
+        "Squeeze": lambda node, operands: np.squeeze(_first(operands), _axes(node, operands)),
         "Sub": _elementwise(np.subtract),
-        "Transpose": lambda node, operands, _: np.transpose(_first(operands), node.integers("perm")),
+        "Transpose": lambda node, operands: np.transpose(_first(operands), node.integers("perm")),
         "Unsqueeze": _unsqueeze,
     }
 )
-"""What each operator makes of constants. ``Identity`` is not computed but passed on."""
+"""What each operator makes of constants."""
+
+_LIKE_FIRST: Final = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
+_BROADCASTING: Final = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})

@@ -63,7 +63,7 @@ class Plan:
     Attributes:
         edits: By file: the empty string for the model file, else the location of an external data file.
         unshared: Names of the tensors that a node got a copy of its own of.
-        refused: Nodes whose channels cannot be silenced, by index, with the reason; none of their edits are in the plan.
+        refused: Why a site cannot be silenced, by its position in what was wanted; plan again without it.
     """
 
     edits: Mapping[str, tuple[Edit, ...]]
@@ -170,7 +170,7 @@ class _Planner:
         return per_axis(zero, data, 0, 1)
 
     def readers(self) -> dict[Place, set[tuple[int, int]]]:
-        """Who reads each place of a file: edges into nodes that make no constant, and outputs of the model (node −1)."""
+        """Who reads each place of a file: edges into nodes that make no constant, and outputs of the model."""
         found: dict[Place, set[tuple[int, int]]] = defaultdict(set)
         edges = [
             ((node.index, position), value)
@@ -188,7 +188,7 @@ class _Planner:
         return found
 
     def patch(self, knob: Knob, channels: Sequence[int]) -> _Patch | None:
-        """What ``knob`` wants of a stored tensor; None where the elements cannot be followed to one, or lie in no order."""
+        """What ``knob`` wants of a stored tensor; None where its elements cannot be followed, or lie in no order."""
         constant = self.constants.get(knob.value)
         chain: list[Derived] = []
         while isinstance(constant, Derived):
@@ -199,34 +199,41 @@ class _Planner:
         where = self.constants.place(constant)
         if where is None:
             return None
-        if not chain:
-            indices = _flat(constant.shape, knob, channels)
+        positions, rest = self.follow(constant, chain)
+        if knob.zero_point != MISSING:
             rest = self.rest(knob, np.broadcast_to(np.zeros((), constant.dtype), constant.shape))
-            values = np.broadcast_to(rest, constant.shape).flat[indices]
-        else:
-            positions = np.arange(constant.size).reshape(constant.shape)
-            silent = np.zeros((), constant.dtype)
-            quantised = False
-            for step in reversed(chain):
-                name = step.node.op_type
-                if name == "DequantizeLinear" and not quantised:
-                    zero = step.operands[2] if len(step.operands) > 2 else None
-                    if zero is not None:
-                        axis, block = step.node.integer("axis", 1), step.node.integer("block_size", 0)
-                        silent = per_axis(self.constants.evaluate(zero), positions, axis, block)
-                        silent = np.broadcast_to(silent, positions.shape)
-                elif name == "QuantizeLinear":
-                    quantised = True
-                elif name in _VIEWS:
-                    positions = self.constants.view(step, positions)
-                    silent = self.constants.view(step, silent) if silent.ndim else silent
-            if knob.zero_point != MISSING:
-                silent = np.broadcast_to(self.rest(knob, positions.astype(constant.dtype)), positions.shape)
-            chosen = _flat(positions.shape, knob, channels)
-            order = np.argsort(positions.flat[chosen], kind="stable")
-            indices = positions.flat[chosen][order]
-            values = np.broadcast_to(silent, positions.shape).flat[chosen][order]
+        shape = chain[0].shape if chain else constant.shape
+        indices = _flat(shape, knob, channels)
+        values = np.broadcast_to(rest, shape).flat[indices]
+        if positions is not None:
+            indices = positions.flat[indices]
+            order = np.argsort(indices, kind="stable")
+            indices, values = indices[order], values[order]
         return _Patch(knob, constant, where, indices, np.asarray(values).astype(constant.dtype))
+
+    def follow(self, root: Stored, chain: Sequence[Derived]) -> tuple[Indices | None, Array]:
+        """Where each element of the last of ``chain`` lies in ``root`` (None: as they are), and its value at rest.
+
+        ``chain`` leads from the constant that is read back to ``root``.
+        """
+        rest: Array = np.zeros((), root.dtype)
+        if not chain:
+            return None, rest
+        positions: Indices = np.arange(root.size).reshape(root.shape)
+        quantised = False
+        for step in reversed(chain):
+            if step.node.op_type in _VIEWS:
+                positions = self.constants.view(step, positions)
+                rest = self.constants.view(step, rest) if rest.ndim else rest
+            elif step.node.op_type == "QuantizeLinear":
+                quantised = True
+            elif step.node.op_type == "DequantizeLinear" and not quantised and len(step.operands) > 2:
+                zero = step.operands[2]
+                axis, block = step.node.integer("axis", 1), step.node.integer("block_size", 0)
+                if zero is not None:
+                    zeros = per_axis(self.constants.evaluate(zero), positions, axis, block)
+                    rest = np.broadcast_to(zeros, positions.shape)
+        return positions, rest
 
     def refusal(self, knob: Knob, copies: Sequence[tuple[Knob, Array]]) -> str:
         """Why ``knob`` cannot have a constant of its own; empty where it can."""

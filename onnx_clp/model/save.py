@@ -17,7 +17,7 @@ from pathlib import Path
 from onnx import StringStringEntryProto, TensorProto
 
 from onnx_clp.errors import UsageError, VerificationError
-from onnx_clp.model.edits import Edit, Span, copy_with_edits, length_delimited, with_lengths
+from onnx_clp.model.edits import Edit, Span, length_delimited, pieces, with_lengths
 from onnx_clp.model.file import ModelFile
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import EXTERNAL_DATA, MODEL_METADATA
@@ -43,9 +43,10 @@ class Rewrite:
 def data_names(file: ModelFile, destination: Path) -> dict[str, str]:
     """A new name for each external data file the model refers to, made to fit ``destination``.
 
-    A name that begins like the model's own goes on as the new model's; any other is put behind it. In place, names stay.
+    A name that begins like the model's own goes on as the new model's; any other is put behind it. In place, names
+    stay.
     """
-    locations = sorted({entry for entry in _locations(file)})
+    locations = sorted(set(_locations(file)))
     if destination.resolve() == file.path.resolve():
         return {location: location for location in locations}
     names: dict[str, str] = {}
@@ -75,7 +76,8 @@ def _locations(file: ModelFile) -> Iterator[str]:
 def _entry(file: ModelFile, span: Span) -> StringStringEntryProto:
     """The ``external_data`` entry that lies at ``span`` of the model file."""
     # Read as the only field of a TensorProto, which is what it is part of.
-    return TensorProto.FromString(file.source.read(span.start, len(span))).external_data[0]
+    entry: StringStringEntryProto = TensorProto.FromString(file.source.read(span.start, len(span))).external_data[0]
+    return entry
 
 
 def location_edits(file: ModelFile, names: Mapping[str, str]) -> Iterator[Edit]:
@@ -140,7 +142,8 @@ def rewritten(
 
 def _write(source: ByteSource, edits: tuple[Edit, ...], path: Path) -> None:
     with path.open("xb") as out:
-        copy_with_edits(source, edits, out.write)
+        for piece in pieces(source, edits):
+            out.write(piece)
         out.flush()
         os.fsync(out.fileno())
 
@@ -155,21 +158,12 @@ def check_bytes(rewrite: Rewrite) -> int:
     for source, edits, path in rewrite.files:
         if not source.unchanged():
             raise VerificationError(f"{source.path} was changed by somebody else while it was copied", "run again")
-        written = ByteSource(path)
-        try:
-            position = 0
-
-            def compare(expected: bytes, written: ByteSource = written) -> None:
-                nonlocal position
-                if written.read(position, len(expected)) != expected:
+        with path.open("rb", buffering=0) as written:
+            for expected in pieces(source, edits):
+                if written.read(len(expected)) != expected:
                     raise VerificationError(f"the copy differs from {source.path} where nothing was to change")
-                position += len(expected)
-
-            copy_with_edits(source, edits, compare)
-            if position != written.size:
-                raise VerificationError(f"the copy of {source.path} has {written.size - position} bytes too many")
-        finally:
-            written.close()
+            if written.read(1):
+                raise VerificationError(f"the copy of {source.path} has more bytes than planned")
         changed += sum(len(edit.span) for edit in edits)
     return changed
 

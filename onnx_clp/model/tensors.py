@@ -98,7 +98,7 @@ _PACKED: Final = frozenset(
 
 
 def place(file: ModelFile, tensor: Stored) -> Place | None:
-    """Where the elements of ``tensor`` lie in order, one itemsize each; None where they do not (varints, sparse, 4 bit)."""
+    """Where the elements of ``tensor`` lie in order, one itemsize each; None for varints, sparse and 4-bit ones."""
     proto = tensor.proto
     if isinstance(proto, onnx.SparseTensorProto) or tensor.data_type in _PACKED:
         return None
@@ -111,7 +111,8 @@ def place(file: ModelFile, tensor: Stored) -> Place | None:
         return None
     if payload.raw is not None:
         return Place("", payload.raw.start, length)
-    field = {TensorProto.FLOAT: FLOAT_DATA, TensorProto.DOUBLE: DOUBLE_DATA}.get(tensor.data_type)
+    fields: dict[int, int] = {TensorProto.FLOAT: FLOAT_DATA, TensorProto.DOUBLE: DOUBLE_DATA}
+    field = fields.get(tensor.data_type)
     if len(payload.typed) == 1 and payload.typed[0][0] == field and len(payload.packed[0]) == length:
         return Place("", payload.packed[0].start, length)
     return None
@@ -164,7 +165,8 @@ def _read_place(source: ByteSource, where: Place, tensor: Stored) -> Array:
     if where.offset + where.length > source.size:
         raise PayloadError(f"tensor {tensor.name!r} needs bytes past the end of its file")
     array = np.empty(tensor.size, tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype)
-    source.read_into(where.offset, memoryview(array.view(np.uint8)) if array.size else memoryview(bytearray()))
+    if array.size:
+        source.read_into(where.offset, array.view(np.uint8).data)
     return array.reshape(tensor.shape)
 
 

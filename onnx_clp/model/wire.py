@@ -158,7 +158,7 @@ class _Walk:
         return self.source.read(start, end - start)
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """``(number, wire type, start of tag, start of value, end)`` of each field; of a length-delimited one its body."""
+        """``(number, wire type, start of tag, start of value, end)`` of each field; from value to end is the body."""
         position = start
         while position < end:
             tag_start = position

@@ -51,7 +51,8 @@ def scan_lines(report: ScanReport, style: Style, *, verbose: bool, table: bool =
         skipped = list(parts)
         if verbose:
             for part in skipped:
-                yield f"            skipped {printable(part.name)} ({printable(part.operator)}, {reason}): {printable(part.detail, 300)}"
+                head = f"skipped {printable(part.name)} ({printable(part.operator)}, {reason})"
+                yield f"            {head}: {printable(part.detail, 300)}"
         else:
             names = listed((printable(part.name, 40) for part in skipped), NAMES_SHOWN)
             yield f"            {style(f'skipped {len(skipped)}', 'warn')} as {reason}: {names}"
@@ -64,7 +65,8 @@ def scan_lines(report: ScanReport, style: Style, *, verbose: bool, table: bool =
     if report.non_finite_channels:
         hit = [layer for layer in report.layers if layer.non_finite]
         text = f"{count(report.non_finite_channels, 'channel')} in {count(len(hit), 'layer')}"
-        yield f"  {style('NaN, Inf', 'bad')}  {text}: {listed((printable(layer.name, 40) for layer in hit), NAMES_SHOWN)}"
+        names = listed((printable(layer.name, 40) for layer in hit), NAMES_SHOWN)
+        yield f"  {style('NaN, Inf', 'bad')}  {text}: {names}"
     if report.dead_channels:
         where = count(sum(bool(layer.dead) for layer in report.layers), "layer")
         kept = "counted in" if report.count_dead else "left out of"
@@ -72,7 +74,8 @@ def scan_lines(report: ScanReport, style: Style, *, verbose: bool, table: bool =
     overridable = sorted({name for layer in report.layers for name in layer.overridable})
     if overridable:
         shown = listed((printable(name, 40) for name in overridable), NAMES_SHOWN)
-        yield f"  inputs    {count(len(overridable), 'weight')} can be overridden by a caller, judged by default: {shown}"
+        weights = count(len(overridable), "weight")
+        yield f"  inputs    {weights} can be overridden by a caller, judged by default: {shown}"
     shown_layers = [layer for layer in report.layers if verbose or layer.flagged or layer.non_finite]
     if table and shown_layers:
         yield ""
@@ -149,7 +152,8 @@ def _sanitize(report: SanitizeReport, style: Style, verbose: bool) -> Iterator[s
         yield f"              {shortened(part.layer, NAME_WIDTH)}: {channels}"
     for left in report.left:
         channels = listed(map(str, left.channels), CHANNELS_SHOWN)
-        yield f"  {style('left', 'warn')}      {shortened(left.layer, NAME_WIDTH)}: channel {channels}: {printable(left.reason, 300)}"
+        name, reason = shortened(left.layer, NAME_WIDTH), printable(left.reason, 300)
+        yield f"  {style('left', 'warn')}      {name}: channel {channels}: {reason}"
     if report.unshared:
         names = listed((printable(name, 40) for name in report.unshared), NAMES_SHOWN)
         yield f"  unshared  {count(len(report.unshared), 'tensor')} that fed something else too: {names}"
@@ -157,4 +161,5 @@ def _sanitize(report: SanitizeReport, style: Style, verbose: bool) -> Iterator[s
         mark = style("passed", "good") if check.passed else style("not made", "warn")
         yield f"  {mark}  {check.name}: {printable(check.detail, 300)}"
     if report.written:
-        yield f"  written   {listed((printable(name) for name in report.files), NAMES_SHOWN)}, sha256 {report.output_sha256}"
+        names = listed((printable(name) for name in report.files), NAMES_SHOWN)
+        yield f"  written   {names}, sha256 {report.output_sha256}"

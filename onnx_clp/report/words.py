@@ -11,7 +11,7 @@ NAME_LIMIT: Final = 120
 
 
 def printable(name: str, limit: int = NAME_LIMIT) -> str:
-    """``name`` with every character that is not printable escaped, so that no terminal obeys it, and cut to ``limit``."""
+    """``name``, cut to ``limit``, with what is not printable escaped, so that no terminal obeys it."""
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name[:limit])
     return shown if len(name) <= limit else f"{shown}… ({len(name)} characters)"
 

@@ -1,0 +1,87 @@
+"""The group of commands: one file per subcommand, loaded when it is called.
+
+The only place that prints, exits, and turns an OnnxClpError into a line and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any, Final
+
+import click
+
+from onnx_clp._version import __version__
+from onnx_clp.cli.exits import Exit
+from onnx_clp.errors import OnnxClpError, VerificationError
+
+_COMMANDS: Final = {
+    "sanitize": "Write a copy of a model with its flagged channels silenced.",
+    "scan": "Find outlier channels in ONNX models.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a subcommand only when it runs: ``--version`` and completion must not wait for NumPy and onnx."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"onnx_clp.cli.{cmd_name}").command
+        return command
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 analysed, nothing at or above the gate; 1 flagged at or above the gate; 2 usage or error; "
+    "3 nothing analysable, or incomplete coverage under --strict; 4 a rewrite that failed its own verification.",
+)
+@click.version_option(__version__, "--version", message="onnx-clp %(version)s")
+def cli() -> None:
+    """Scan ONNX models for the outlier channels that backdoors leave, and silence them.
+
+    Channel Lipschitzness based Pruning (Zheng, Tang, Li, Liu, ECCV 2022) needs no data and no labels: only the file.
+    """
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run the command and return its exit code."""
+    debug = "--debug" in arguments
+    try:
+        result: Any = cli.main(arguments, prog_name="onnx-clp", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return Exit.ERROR
+    except click.Abort:
+        click.echo("onnx-clp: interrupted", err=True)
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the report has enough; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.ERROR
+    except OnnxClpError as error:
+        if debug:
+            raise
+        complain(error)
+        return Exit.VERIFICATION if isinstance(error, VerificationError) else Exit.ERROR
+    except Exception as error:
+        if debug:
+            raise
+        text = f"onnx-clp: internal error: {type(error).__name__}: {error}"
+        click.echo(f"{text}\n  please report it; --debug shows where", err=True)
+        return Exit.ERROR
+    return result if isinstance(result, int) else Exit.FINE
+
+
+def complain(error: OnnxClpError) -> None:
+    """Say on stderr what went wrong and what to do next."""
+    from onnx_clp.report.words import printable  # only when something went wrong
+
+    click.echo(f"onnx-clp: {printable(error.message, 1000)}", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint, 1000)}", err=True)
