@@ -13,9 +13,8 @@ from onnx_clp._version import __version__
 from onnx_clp.errors import ModelFileError, OnnxClpError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from onnx_clp.sanitize import Left, SanitizeReport, Silenced, sanitize
+    from onnx_clp.sanitize import Check, Left, SanitizeReport, Silenced, sanitize
     from onnx_clp.scan import Channel, Layer, ScanReport, SkippedPart, scan
-    from onnx_clp.verify import Check
 
 __all__ = [
     "Channel",

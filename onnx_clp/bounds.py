@@ -5,22 +5,35 @@ on Channel Lipschitzness*, ECCV 2022, arXiv:2208.03111, is for channel k
 
     UCLC_k = σ_max(A_k),    A_k = the kernel of k as a matrix of C_in/groups rows and ∏kernel columns.
 
-**Gram matrix.** σ_max(A)² = λ_max(G), where G is the smaller of AᵀA and AAᵀ, m × m and positive semidefinite.
-Products and sums are in float64: squares of float32 neither overflow nor vanish there, and float64 kernels are
+**Gram matrix.** σ_max(A)² = λ_max(G), where G is the smaller of AᵀA and AAᵀ, m × m and positive semidefinite. Kernels
+in float32 and narrower formats are multiplied in float32, ``SLAB`` rows at a time, and the slabs added up in float64.
+Where squares may have over- or underflowed there, and for float64 kernels, all is in float64; float64 kernels are
 first scaled by a power of two.
 
-**Power sums.** Let λ₁ ≥ … ≥ λ_m ≥ 0 be the eigenvalues of G, s_p = Σ λᵢ^p = tr G^p, and M = G^p / s_p, with the
-eigenvalues μᵢ = λᵢ^p / s_p, which sum to 1. Then
+**Rounding.** A sum of K products, in any order, is off by at most K·u·Σ|a_ri·a_rj| (to first order; u = 2⁻²⁴ or 2⁻⁵³),
+and the matrix of these sums of sizes has at most the norm ‖A‖_F² = tr G. With q = tr G/λ₁, 1 ≤ q ≤ m, σ_max is off by
+at most the fraction ½·K·u·q, K = ``SLAB`` in float32 and the rows in float64. q is near 1 where one singular value
+dominates, so also where all signs agree and roundings add up. To come near the bound where q is large, the roundings of
+all m² sums would have to line up with one eigenvector; those of random kernels do not.
 
-    λ₁ = (s_p · μ₁)^(1/p),    lower(t) ≤ μ₁ ≤ upper(t),    t = Σ μᵢ² = ‖M‖_F²
+**Shift.** With s = tr G / 2m ≤ λ₁/2, the largest eigenvalue by size of B = G − s·I is λ₁ − s: no other exceeds it above,
+and −s bounds them all below. The ratio to the next is larger than that of G.
+
+**Power sums.** Let β₁ = λ₁ − s, |β₁| ≥ … ≥ |β_m| be the eigenvalues of B, p even, s_p = Σ βᵢ^p = tr B^p, and
+M = B^p / s_p, with the eigenvalues μᵢ = βᵢ^p / s_p ≥ 0, which sum to 1. Then
+
+    β₁ = (s_p · μ₁)^(1/p),    lower(t) ≤ μ₁ ≤ upper(t),    t = Σ μᵢ² = ‖M‖_F²
 
     upper(t) = (1 + √((m − 1)(m·t − 1))) / m     from Cauchy's  (1 − μ₁)² ≤ (m − 1)(t − μ₁²)
     lower(t) = (1 + √(2t − 1)) / 2               from  t ≤ μ₁² + (1 − μ₁)²,  where t > ½
     lower(t) = t                                 from  t ≤ μ₁ · Σ μᵢ,        elsewhere
 
-Squaring M doubles p, so the interval for λ₁ shrinks by the p-th root whatever the spectrum (equal singular values
-included), and faster than geometrically once λ₂^p ≪ λ₁^p. A channel is done when the interval for σ_max is narrower
+Squaring M doubles p, so the interval for β₁ shrinks by the p-th root whatever the spectrum (equal singular values
+included), and faster than geometrically once β₂^p ≪ β₁^p. A channel is done when the interval for σ_max is narrower
 than its tolerance; nothing is assumed to have converged.
+
+The square of B^p is off by at most m·u·‖B^p‖_F², the fraction m·u·‖B‖_F²/β₁² of its largest eigenvalue, of which the
+root leaves 1/2p. Over p = 1, 2, 4, … and with ‖B‖_F² ≤ β₁·Σ|βᵢ| ≤ β₁·1.5·tr G, that is ¾·m·u·q of σ_max.
 """
 
 from __future__ import annotations
@@ -38,21 +51,44 @@ TOLERANCE, TOLERANCE_SINGLE = 1e-9, 1e-6
 """Largest relative error of σ_max left by the interval, where the Gram matrix is in float64 and in float32."""
 
 SLAB = 128
-"""Rows that one product of matrices sums up, before float64 goes on: this bounds the rounding of float32."""
-
-BLOCK = 2**18
-"""Most float64 elements of one batch of Gram matrices: 2 MB, about the second-level cache, and large enough that the
-calls into NumPy cost little. About six such arrays live at once, 12 MB; one Gram matrix beyond 512 × 512 is larger."""
+"""Rows that are summed up in float32 before float64 goes on. It bounds the rounding; 512 would not be faster."""
 
 SAFE = 2.0**-80, 2.0**80
-"""Where the trace of a Gram matrix in float32 lies if neither overflow nor underflow can have mattered."""
+"""Where the trace of a Gram matrix in float32 lies if neither overflow nor underflow can have mattered: no sum exceeds
+the trace, and what a square loses below 2^-126 is less than 2^-46 of it."""
 
-FIRST_SQUARINGS, NEXT_SQUARINGS = 6, 2
-"""Squarings before the first and between later looks at the interval. Between looks nothing is normalised:
-tr M^64 ≥ m^-63 stays far above the smallest float64 for any Gram matrix that fits in memory."""
+SINGLE_SIDE = 16
+"""Largest Gram matrix that is squared in float32: ¾·16·2⁻²⁴ = 0.7e-6. Beyond it float64 costs little more."""
+
+BLOCK = 2**18
+"""Most elements of one batch of Gram matrices: 2 MB in float64, about the second-level cache, and large enough that the
+calls into NumPy cost little. About six such arrays live at once, 12 MB; one Gram matrix beyond 512 × 512 is larger.
+A copy of slabs may have four times as many, 8 MB; contiguous matrices in float32 are not copied."""
+
+SQUARINGS, FIRST_LOOK = 3, 64
+"""Squarings between two normalisations, and the p from which on these come with a look at the interval. Both formats
+hold tr B^8 ≥ (2m)^-8 and tr M^8 ≥ m^-7 of any Gram matrix they are used for."""
 
 
 def spectral_norms(kernel: NDArray[Any]) -> Float64s:
+    """Return σ_max of each channel's kernel matrix.
+
+    Args:
+        kernel: shape (channels, rows, columns), rows = C_in/groups, columns = product of the spatial sizes. Any real
+            dtype that casts to float64 (float16, float32, float64, bfloat16, float8, integers); any strides.
+
+    Returns:
+        float64, shape (channels,). With q = ‖A‖_F²/σ_max², 1 ≤ q ≤ min(rows, columns), the relative error is at most
+        1e-6 + 4.7e-6·q for float32 and all formats of one or two bytes (below 1e-6 on random kernels), and at most
+        1e-9 + (rows + columns)·q·2⁻⁵³ for the others. Exactly 0.0 if and only if all of the channel is zero (or it
+        has no elements); nan where the channel holds NaN; inf where it holds an infinity and no NaN, or where σ_max
+        itself exceeds the largest float64. Equal channels of one kernel get equal bits at any position.
+
+    Raises:
+        ValueError: the kernel does not have three axes.
+        TypeError: the kernel is complex.
+
+    """
     if kernel.ndim != 3:
         raise ValueError(f"a kernel has the axes (channels, rows, columns), not the shape {kernel.shape}")
     if np.iscomplexobj(kernel):
@@ -60,35 +96,30 @@ def spectral_norms(kernel: NDArray[Any]) -> Float64s:
     norms = np.zeros(len(kernel))
     if kernel.size == 0:
         return norms
-    tall = kernel if kernel.shape[1] >= kernel.shape[2] else kernel.transpose(0, 2, 1)
-    rows, m = tall.shape[1:]
-    # The slabs may be eight times as large as the Gram matrices: most are never copied.
-    step = max(1, BLOCK // (m * max(m, min(rows, SLAB) // 8)))
-    narrow = tall.dtype == np.float32 or tall.dtype.itemsize < np.dtype(np.float32).itemsize
+    rows, m = max(kernel.shape[1:]), min(kernel.shape[1:])
+    step = max(1, BLOCK // (m * max(m, min(rows, SLAB) // 4)))
+    single = kernel.dtype == np.float32 or kernel.dtype.itemsize < np.dtype(np.float32).itemsize
     # Under- and overflow are meant here, and NaN and Inf travel through the products to the trace.
     with np.errstate(all="ignore"):
-        for first in range(0, len(tall), step):
-            a, here = tall[first : first + step], norms[first : first + step]
+        for first in range(0, len(kernel), step):
+            a, here = kernel[first : first + step], norms[first : first + step]
             careful = np.arange(len(a))
-            if narrow:
-                here[:], trace = _norms(_gram(a, np.float32), TOLERANCE_SINGLE)
+            if single:
+                gram, trace = _gram(a)
+                here[:] = _norms(gram, trace, TOLERANCE_SINGLE)
                 careful = np.flatnonzero(~((trace > SAFE[0]) & (trace < SAFE[1])))
             if careful.size:
                 exponent = _exponents(a)[careful]
-                gram = _gram(a, np.float64, careful, exponent)
-                here[careful] = np.ldexp(_norms(gram, TOLERANCE)[0], exponent)
+                here[careful] = np.ldexp(_norms(*_gram(a, careful, exponent), TOLERANCE), exponent)
     return norms
 
 
-def _norms(gram: Float64s, tolerance: float) -> tuple[Float64s, Float64s]:
-    """Return σ_max of the matrices whose Gram matrices these are, shape (n, m, m), and the traces."""
-    # A sum of squares: 0 only if all are 0, nan if one is NaN, inf if one is infinite and none is NaN.
-    trace = np.einsum("nii->n", gram)
+def _norms(gram: NDArray[Any], trace: Float64s, tolerance: float) -> Float64s:
+    """Return σ_max of the matrices with the Gram matrices trace·gram."""
     regular = np.isfinite(trace) & (trace > 0)
-    eigenvalue = trace
-    if gram.shape[1] > 1 and regular.any():
-        eigenvalue = np.where(regular, trace * _largest_eigenvalues(gram / trace[:, None, None], tolerance), trace)
-    return np.sqrt(eigenvalue), trace
+    if gram.shape[1] == 1 or not regular.any():
+        return np.sqrt(trace)
+    return np.sqrt(np.where(regular, trace * _largest_eigenvalues(gram, tolerance), trace))
 
 
 def _exponents(a: NDArray[Any]) -> NDArray[np.intc]:
@@ -103,58 +134,64 @@ def _exponents(a: NDArray[Any]) -> NDArray[np.intc]:
 
 
 def _gram(
-    a: NDArray[Any],
-    dtype: type[np.floating[Any]],
-    which: NDArray[np.intp] | None = None,
-    exponent: NDArray[np.intc] | None = None,
-) -> Float64s:
-    """Return (2^-e·A)ᵀ(2^-e·A) for each matrix A of ``a``, shape (n, rows, m): products in ``dtype``, slabs in float64."""
-    _, rows, m = a.shape
-    n = len(a) if which is None else len(which)
-    # BLAS reads rows or columns that lie in one piece; all else is copied, some slabs at a time.
-    direct = a.dtype == dtype and a.itemsize in a.strides[1:] and which is None
-    chunk = rows if direct else SLAB * max(1, 8 * BLOCK // (n * m * SLAB))
+    a: NDArray[Any], which: NDArray[np.intp] | None = None, exponent: NDArray[np.intc] | None = None
+) -> tuple[NDArray[Any], Float64s]:
+    """Return G/tr G and tr G, for G = the smaller of AᵀA and AAᵀ of each matrix A of ``a``.
+
+    Products are in float32; or, of the matrices named and with 2^-exponent·A for A, in float64.
+    """
+    n, wide = len(a) if which is None else len(which), a.shape[1] < a.shape[2]
+    rows, m = (a.shape[2], a.shape[1]) if wide else a.shape[1:]
+    dtype = np.float32 if which is None else np.float64
+    # One memory order for all, so that equal channels get equal bits.
+    direct = which is None and a.dtype == dtype and a.strides[1:] == (a.shape[2] * a.itemsize, a.itemsize)
+    chunk = rows if direct else SLAB * max(1, 4 * BLOCK // (n * m * SLAB))
     columns, corner = np.zeros((n, m, m - 1)), np.zeros(n)
     for r in range(0, rows, chunk):
-        x = a[:, r : r + chunk]
+        x = a[:, :, r : r + chunk] if wide else a[:, r : r + chunk]
         if not direct:
             x = (x if n == len(a) else x[which]).astype(dtype, order="C")
-            if exponent is not None and exponent.any():
-                x = np.ldexp(x, -exponent[:, None, None])
+        if exponent is not None and exponent.any():
+            np.ldexp(x, -exponent[:, None, None], out=x)
+        x = x.swapaxes(1, 2) if wide else x
         whole = x.shape[1] // SLAB * SLAB
         for slabs in (x[:, :whole].reshape(n, -1, SLAB, m), x[:, None, whole:]):
             if slabs.size:
-                # For XᵀX, NumPy calls syrk, twice as slow as gemm at these sizes: all columns but one are gemm's.
+                # For XᵀX, NumPy calls syrk, slower than gemm at these sizes: all columns but the last are gemm's.
                 last = slabs[..., -1:]
                 columns += (slabs.swapaxes(2, 3) @ slabs[..., :-1]).sum(axis=1, dtype=np.float64)
                 corner += (last.swapaxes(2, 3) @ last).sum(axis=(1, 2, 3), dtype=np.float64)
-    gram = np.empty((n, m, m))
-    gram[:, :, :-1], gram[:, :-1, -1], gram[:, -1, -1] = columns, columns[:, -1], corner
-    return gram
+    # A sum of squares: 0 only if all are 0, nan if one is NaN, inf if one is infinite and none is NaN.
+    trace = np.einsum("nii->n", columns[:, :-1]) + corner
+    gram = np.empty((n, m, m), dtype if m <= SINGLE_SIDE else np.float64)
+    np.divide(columns, trace[:, None, None], out=gram[:, :, :-1], casting="same_kind")
+    gram[:, :-1, -1], gram[:, -1, -1] = gram[:, -1, :-1], corner / trace
+    return gram, trace
 
 
-def _largest_eigenvalues(gram: Float64s, tolerance: float) -> Float64s:
+def _largest_eigenvalues(m_p: NDArray[Any], tolerance: float) -> Float64s:
     """Return λ₁ of positive semidefinite matrices of trace 1, shape (n, m, m), m > 1; anything for those with NaN."""
-    n, m, _ = gram.shape
+    n, m, _ = m_p.shape
     shift = 0.5 / m
-    m_p = gram - shift * np.eye(m)
+    np.einsum("nii->ni", m_p)[...] -= shift  # the caller needs them no more
     log_eigenvalue = np.empty(n)
     log_root = np.zeros(n)  # (log s_p) / p
     todo = np.arange(n)
-    p, squarings = 1, FIRST_SQUARINGS
+    p = 1
     while True:
-        for _ in range(squarings):
+        for _ in range(SQUARINGS):
             m_p = m_p @ m_p
-        p, squarings = p << squarings, NEXT_SQUARINGS
+        p <<= SQUARINGS
         trace = np.einsum("nii->n", m_p)
         log_root += np.log(trace) / p
-        t = np.einsum("nij,nij->n", m_p, m_p) / trace**2
-        upper = (1 + np.sqrt(np.maximum((m - 1) * (m * t - 1), 0))) / m
-        lower = np.where(t > 0.5, (1 + np.sqrt(np.maximum(2 * t - 1, 0))) / 2, t)  # noqa: PLR2004
-        log_eigenvalue[todo] = log_root + np.log((lower + upper) / 2) / p
-        # Half the interval of μ₁, through the p-th root to λ₁ and the square root to σ_max.
-        wide = upper - lower > 4 * p * tolerance * lower
-        if not wide.any():
-            return shift + np.exp(log_eigenvalue)
-        todo, log_root = todo[wide], log_root[wide]
-        m_p = m_p[wide] / trace[wide, None, None]
+        if p >= FIRST_LOOK:
+            t = np.einsum("nij,nij->n", m_p, m_p).astype(np.float64) / trace.astype(np.float64) ** 2
+            upper = (1 + np.sqrt(np.maximum((m - 1) * (m * t - 1), 0))) / m
+            lower = np.where(t > 0.5, (1 + np.sqrt(np.maximum(2 * t - 1, 0))) / 2, t)
+            log_eigenvalue[todo] = log_root + np.log((lower + upper) / 2) / p
+            # Half the interval of μ₁, through the p-th root to β₁ and the square root to σ_max.
+            wide = upper - lower > 4 * p * tolerance * lower
+            if not wide.any():
+                return shift + np.exp(log_eigenvalue)
+            todo, log_root, trace, m_p = todo[wide], log_root[wide], trace[wide], m_p[wide]
+        m_p /= trace[:, None, None]

@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-DEFAULT_U: Final = 3.0
+from onnx_clp.defaults import DEFAULT_U
 
 ROUNDING: Final = 1e-6
 """A spread below this share of the mean is the rounding of float32 (2⁻²⁴ = 6e-8 per element) and not a difference."""

@@ -5,14 +5,13 @@ open → graph → constants → shapes → trace → survey → bounds → judg
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_clp._version import __version__
-from onnx_clp.errors import UsageError
-from onnx_clp.judge import DEFAULT_U, Judgement, Status, judge
+from onnx_clp.defaults import DEFAULT_U, check_u
+from onnx_clp.judge import Judgement, Status, judge
 from onnx_clp.kernels import Measured, measure
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.expand import build_graph
@@ -202,12 +201,6 @@ def scan(path: str | os.PathLike[str], u: float = DEFAULT_U, *, count_dead: bool
     check_u(u)
     with open_model(Path(path)) as file:
         return analyse(file, u, count_dead=count_dead, name=os.fspath(path)).report
-
-
-def check_u(u: float) -> None:
-    """Raise UsageError where ``u`` cannot be a number of standard deviations."""
-    if not (math.isfinite(u) and u >= 0):
-        raise UsageError(f"u is {u}", "give a finite number of standard deviations, 0 or more")
 
 
 def _layer(part: Measured, judgement: Judgement) -> Layer:

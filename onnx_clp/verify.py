@@ -1,11 +1,10 @@
-"""What was written → checks: byte for byte, by a new scan, by onnx.checker, by onnxruntime.
+"""What was written → checks: by a new scan, by onnx.checker, by onnxruntime.
 
 A rewrite is trusted only for what is found in the written file.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,28 +14,12 @@ import onnx
 from onnx_clp import runtime
 from onnx_clp.errors import VerificationError
 from onnx_clp.kernels import Measured
-from onnx_clp.model.edits import COPY_BLOCK
 from onnx_clp.model.file import ModelFile, open_model
 from onnx_clp.model.graph import MISSING
-from onnx_clp.model.save import Rewrite, check_bytes
-from onnx_clp.model.source import ByteSource
+from onnx_clp.model.save import Rewrite
 from onnx_clp.model.tensors import complete
+from onnx_clp.sanitize import Check
 from onnx_clp.scan import Analysis, ScanReport, analyse
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One verification of the written file.
-
-    Attributes:
-        name: ``bytes``, ``scan``, ``checker``, ``onnxruntime-load`` or ``onnxruntime-run``.
-        passed: True; None where it could not be made. A check that fails raises VerificationError instead.
-        detail: What was seen, or why the check could not be made.
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,18 +36,16 @@ def verify(
     rewrite: Rewrite,
     input_shapes: Mapping[str, tuple[int, ...]],
     name: str,
-) -> tuple[tuple[Check, ...], ScanReport, str]:
+) -> tuple[tuple[Check, ...], ScanReport]:
     """Verify the written files. Raises VerificationError where one is not what was planned."""
-    changed = check_bytes(rewrite)
-    checks = [Check("bytes", True, f"{changed} bytes replaced, every other byte is the input's")]  # noqa: FBT003
+    checks: list[Check] = []
     with open_model(rewrite.model) as written:
         report = analysis.report
         again = analyse(written, report.u, count_dead=report.count_dead, name=name)
         checks.append(_check_scan(analysis, again, done))
         checks.append(_check_format(analysis.file, written))
-        digest = sha256(written.source)
         checks += _check_runtime(analysis, done, rewrite, input_shapes)
-        return tuple(checks), again.report, digest
+        return tuple(checks), again.report
 
 
 def _check_scan(before: Analysis, after: Analysis, done: Sequence[Choice]) -> Check:
@@ -82,18 +63,18 @@ def _check_scan(before: Analysis, after: Analysis, done: Sequence[Choice]) -> Ch
         if np.any(grown):
             raise VerificationError(f"a bound of {old.site.node.name!r} grew in the written file")
     count = sum(len(choice.channels) for choice in done)
-    return Check("scan", True, f"a new scan finds the {count} silenced channels dead and no bound grown")  # noqa: FBT003
+    return Check("scan", passed=True, detail=f"a new scan finds the {count} silenced channels dead and no bound grown")
 
 
 def _check_format(source: ModelFile, written: ModelFile) -> Check:
     """onnx.checker on both models without their weights: the result must pass where the input does."""
     refusal = _format_error(source)
     if refusal:
-        return Check("checker", None, f"onnx.checker refuses the input already: {refusal}")
+        return Check("checker", passed=None, detail=f"onnx.checker refuses the input already: {refusal}")
     refusal = _format_error(written)
     if refusal:
         raise VerificationError(f"onnx.checker refuses the written file: {refusal}")
-    return Check("checker", True, "onnx.checker accepts it")  # noqa: FBT003
+    return Check("checker", passed=True, detail="onnx.checker accepts it")
 
 
 def _format_error(file: ModelFile) -> str:
@@ -138,25 +119,25 @@ def _check_runtime(
 ) -> Iterator[Check]:
     """Load and run the written model, where onnxruntime is installed and loads the input."""
     if not runtime.available():
-        yield Check("onnxruntime-load", None, "onnxruntime is not installed")
+        yield Check("onnxruntime-load", passed=None, detail="onnxruntime is not installed")
         return
     refusal = runtime.load_error(rewrite.model)
     if refusal:
         original = runtime.load_error(analysis.file.path)
         if not original:
             raise VerificationError(f"onnxruntime does not load the written file: {refusal}")
-        yield Check("onnxruntime-load", None, f"onnxruntime does not load the input either: {original}")
+        yield Check("onnxruntime-load", passed=None, detail=f"onnxruntime does not load the input either: {original}")
         return
-    yield Check("onnxruntime-load", True, "onnxruntime loads it")  # noqa: FBT003
+    yield Check("onnxruntime-load", passed=True, detail="onnxruntime loads it")
     observed = list(_observed(analysis, done))
     try:
         count = runtime.check_silence(rewrite.model, observed, input_shapes, rewrite.folder)
     except runtime.NotRun as reason:
-        yield Check("onnxruntime-run", None, str(reason))
+        yield Check("onnxruntime-run", passed=None, detail=str(reason))
         return
     rest = sum(len(choice.channels) for choice in done) - count
     detail = f"{count} silenced channels are silent on random input"
-    yield Check("onnxruntime-run", True, detail + (f"; {rest} cannot be observed there" if rest else ""))  # noqa: FBT003
+    yield Check("onnxruntime-run", passed=True, detail=detail + (f"; {rest} cannot be observed there" if rest else ""))
 
 
 def _observed(analysis: Analysis, done: Sequence[Choice]) -> Iterator[runtime.Observed]:
@@ -170,11 +151,3 @@ def _observed(analysis: Analysis, done: Sequence[Choice]) -> Iterator[runtime.Ob
         if site.rest != MISSING:
             rest = float(analysis.constants.array(site.rest).ravel()[0])
         yield runtime.Observed(analysis.graph.name_of(site.output), site.axis, choice.channels, rest)
-
-
-def sha256(source: ByteSource) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    for start in range(0, source.size, COPY_BLOCK):
-        digest.update(source.read(start, min(COPY_BLOCK, source.size - start)))
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnx_clp.sanitize import SanitizeReport
@@ -50,9 +50,21 @@ def compute(body: Body, values: dict[str, Array], opsets: dict[str, int]) -> Non
                 results = [numpy_helper.to_array(node.attribute[0].t)]  # the evaluator would give a bfloat16 as float
             else:
                 feed = {name: values[name] for name in node.input if name}
-                results = ReferenceEvaluator(node, opsets=opsets).run(None, feed)
+                results = ReferenceEvaluator(alone(node, feed, opsets)).run(None, feed)
             values |= dict(zip(node.output, results, strict=False))
         waiting = left
+
+
+def alone(node: onnx.NodeProto, feed: dict[str, Array], opsets: dict[str, int]) -> onnx.ModelProto:
+    """A model of that node only."""
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feed.items()
+    ]
+    graph = helper.make_graph([node], "alone", inputs, [onnx.ValueInfoProto(name=name) for name in node.output])
+    # The reference has DequantizeLinear from version 19 on, which computes what version 10 does.
+    version = max(opsets[""], 19) if node.op_type in {"QuantizeLinear", "DequantizeLinear"} else opsets[""]
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
 
 
 def differing_constants(source: Path, destination: Path) -> Iterator[tuple[str, Array, Array]]:
@@ -117,7 +129,7 @@ def equal(before: Array, after: Array) -> NDArray[np.bool_]:
 
 
 def is_silent(array: Array, axis: int, channels: set[int]) -> bool:
-    """Whether each of the channels holds one number only, and that is 0 where the array holds floating-point numbers."""
+    """Whether each of the channels holds one number only, and that is 0 unless it is an integer's zero point."""
     slices = [np.take(array, channel, axis).astype(np.float64) for channel in channels]
     if array.dtype.kind in "iu":
         return all(np.unique(part).size == 1 for part in slices)

@@ -32,7 +32,7 @@ U = 1.0
 
 
 @cache
-def cases() -> tuple[Any, ...]:
+def cases() -> tuple[TestCase, ...]:
     """The cases of onnx for single operators, with a model each."""
     from onnx.backend.test.case.node import collect_testcases
 
@@ -88,7 +88,7 @@ def as_array(value: Any) -> Any:  # noqa: ANN401  a value of any of ONNX's types
     return np.asarray(value) if isinstance(value, np.generic) else value
 
 
-def frozen(case: Any, first: int) -> Iterator[onnx.ModelProto]:
+def frozen(case: TestCase, first: int) -> Iterator[onnx.ModelProto]:
     """The model of ``case`` with its inputs from ``first`` on made initializers; nothing where they are no tensors."""
     given = list(map(as_array, case.data_sets[0][0]))
     names = [value.name for value in case.model.graph.input]
@@ -109,7 +109,7 @@ LARGEST = 4096
 """Numbers in a kernel: more would show nothing more."""
 
 
-def as_kernel(case: Any) -> tuple[onnx.ModelProto, NDArray[np.float32]] | None:
+def as_kernel(case: TestCase) -> tuple[onnx.ModelProto, NDArray[np.float32]] | None:
     """A model with a Conv whose kernel (n, 1, 1, 1) the case computes from constants alone, and these n numbers.
 
     None where the case gives no numbers, or too many.

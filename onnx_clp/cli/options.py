@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from onnx_clp.defaults import DEFAULT_U
 from onnx_clp.errors import UsageError
 
 
@@ -28,7 +29,7 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every command has."""
     for option in reversed(
         (
-            click.option("-u", "u", type=float, default=3.0, show_default=True, metavar="NUMBER",
+            click.option("-u", "u", type=float, default=DEFAULT_U, show_default=True, metavar="NUMBER",
                          help="Flag a channel above mean + NUMBER·std of its layer."),
             click.option("--count-dead", is_flag=True,
                          help="Count channels of bound 0 in mean and std, as the published code does."),

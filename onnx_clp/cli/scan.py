@@ -12,6 +12,7 @@ import click
 
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.options import common, deliver, share, terminal_style
+from onnx_clp.defaults import check_u
 from onnx_clp.errors import ModelFileError, OnnxClpError
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ def command(  # one parameter an option
     bound of its Lipschitz constant exceeds mean + u·std of its layer.
     """
     from onnx_clp.report import json, text  # as late as onnx and NumPy
-    from onnx_clp.scan import check_u
 
     check_u(u)
     outcomes = list(_scan_all(list(_files(paths)), u, count_dead=count_dead, quiet=quiet, debug=debug))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from onnx_clp.model.source import ByteSource
+from onnx_clp.model.source import COPY_BLOCK, ByteSource
 
 LENGTH: Final = 2
 """The wire type of strings, bytes and messages."""
@@ -91,7 +91,3 @@ def pieces(source: ByteSource, edits: tuple[Edit, ...]) -> Iterator[bytes]:
             position += len(piece)
         yield edit.content
         position = max(position, edit.span.end)
-
-
-COPY_BLOCK: Final = 1 << 20
-"""Bytes copied or compared at once."""

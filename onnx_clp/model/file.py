@@ -128,11 +128,17 @@ def open_model(path: Path, allow_roots: tuple[Path, ...] = ()) -> ModelFile:
     """
     source = ByteSource(path)
     try:
-        skeleton, layout = _walk_model(source)
-        return ModelFile(path, source, _parse(path, skeleton), layout, tuple(root.resolve() for root in allow_roots))
+        return open_source(source, allow_roots)
     except BaseException:
         source.close()
         raise
+
+
+def open_source(source: ByteSource, allow_roots: tuple[Path, ...] = ()) -> ModelFile:
+    """The ONNX model in the open ``source``, which closing the model closes; otherwise as ``open_model``."""
+    skeleton, layout = _walk_model(source)
+    roots = tuple(root.resolve() for root in allow_roots)
+    return ModelFile(source.path, source, _parse(source.path, skeleton), layout, roots)
 
 
 def _walk_model(source: ByteSource) -> tuple[bytes, Layout]:

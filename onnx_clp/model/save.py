@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,23 +90,29 @@ def location_edits(file: ModelFile, names: Mapping[str, str]) -> Iterator[Edit]:
                 yield Edit(span, length_delimited(EXTERNAL_DATA, entry.SerializeToString()), enclosing)
 
 
-def metadata_edits(file: ModelFile, entries: Mapping[str, str]) -> Iterator[Edit]:
-    """Edits that replace the model's ``onnx_clp.*`` metadata with ``entries``, which get that prefix."""
+def forget_metadata(file: ModelFile) -> Iterator[Edit]:
+    """Edits that remove the model's ``onnx_clp.*`` metadata, which an earlier rewrite left."""
     for span, known in zip(file.layout.metadata, file.proto.metadata_props, strict=True):
         if known.key.startswith(METADATA_PREFIX):
             yield Edit(span, b"")
-    content = b"".join(
+
+
+def metadata_entries(entries: Mapping[str, str]) -> bytes:
+    """``entries`` as whole fields of a ModelProto, their keys with the prefix ``onnx_clp.``."""
+    return b"".join(
         length_delimited(
             MODEL_METADATA, StringStringEntryProto(key=METADATA_PREFIX + key, value=value).SerializeToString()
         )
         for key, value in entries.items()
     )
-    yield Edit(Span(file.source.size, file.source.size), content)
 
 
 @contextmanager
 def rewritten(
-    file: ModelFile, edits: Mapping[str, tuple[Edit, ...]], names: Mapping[str, str], destination: Path
+    file: ModelFile,
+    edits: Mapping[str, Sequence[Edit]],
+    names: Mapping[str, str],
+    destination: Path,
 ) -> Iterator[Rewrite]:
     """Write the patched copies into a new folder beside ``destination``; the folder is gone at the end, come what may.
 
@@ -132,7 +138,7 @@ def rewritten(
         files.append((file.source, with_lengths(edits.get("", ())), folder / destination.name))
         for source, changes, path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(source, changes, path)
+            _write(path, pieces(source, changes))
         yield Rewrite(folder, folder / destination.name, tuple(files))
     except OSError as error:
         raise UsageError(f"cannot write {destination}: {error.strerror or error}", "nothing was left behind") from error
@@ -140,12 +146,17 @@ def rewritten(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(source: ByteSource, edits: tuple[Edit, ...], path: Path) -> None:
-    with path.open("xb") as out:
-        for piece in pieces(source, edits):
-            out.write(piece)
-        out.flush()
-        os.fsync(out.fileno())
+def _write(path: Path, content: Iterable[bytes]) -> None:
+    # Not flushed to the disk, as cp does not: a killed process loses nothing, and a power cut is not in scope.
+    with path.open("xb", buffering=0) as out:
+        for piece in content:
+            _write_all(out, piece)
+
+
+def _write_all(out: FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[out.write(rest) :]
 
 
 def check_bytes(rewrite: Rewrite) -> int:
@@ -166,6 +177,16 @@ def check_bytes(rewrite: Rewrite) -> int:
                 raise VerificationError(f"the copy of {source.path} has more bytes than planned")
         changed += sum(len(edit.span) for edit in edits)
     return changed
+
+
+def add_at_end(rewrite: Rewrite, content: bytes) -> None:
+    """Add ``content`` behind the model, and read it back."""
+    with rewrite.model.open("r+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        _write_all(file, content)
+        file.seek(end)
+        if file.read(len(content) + 1) != content:
+            raise VerificationError("what was added to the copy is not what was to be added")
 
 
 def move_into_place(rewrite: Rewrite, destination: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +16,9 @@ from onnx_clp.errors import ModelFileError
 
 WINDOW: Final = 1 << 16
 """Bytes read at once while walking: large enough that nodes come whole, small beside a payload that is jumped over."""
+
+COPY_BLOCK: Final = 1 << 20
+"""Bytes copied, compared or hashed at once."""
 
 
 class ByteSource:
@@ -73,3 +81,23 @@ class ByteSource:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+@contextmanager
+def sha256_meanwhile(source: ByteSource) -> Iterator[Callable[[], str]]:
+    """Compute the SHA-256 of ``source`` in a thread; the function waits for it and gives it in hexadecimal."""
+    unwanted = threading.Event()
+
+    def digest() -> str:
+        state = hashlib.sha256()
+        for start in range(0, source.size, COPY_BLOCK):
+            if unwanted.is_set():
+                break
+            state.update(source.read(start, min(COPY_BLOCK, source.size - start)))
+        return state.hexdigest()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(digest).result
+        finally:
+            unwanted.set()

@@ -43,7 +43,6 @@ def render_sanitize(report: SanitizeReport) -> str:
             "written": report.written,
             "files": list(report.files),
             "input_sha256": report.input_sha256,
-            "output_sha256": report.output_sha256,
             "max_share": report.max_share,
             "silenced": [{"layer": part.layer, "channels": list(part.channels)} for part in report.silenced],
             "left": [

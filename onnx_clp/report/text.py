@@ -162,4 +162,4 @@ def _sanitize(report: SanitizeReport, style: Style, verbose: bool) -> Iterator[s
         yield f"  {mark}  {check.name}: {printable(check.detail, 300)}"
     if report.written:
         names = listed((printable(name) for name in report.files), NAMES_SHOWN)
-        yield f"  written   {names}, sha256 {report.output_sha256}"
+        yield f"  written   {names}"

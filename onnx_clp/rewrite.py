@@ -1,0 +1,139 @@
+"""Source → patched copy: open → analyse → choose → plan → write beside → verify → rename."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from onnx_clp._version import __version__
+from onnx_clp.errors import UsageError
+from onnx_clp.model.file import open_source
+from onnx_clp.model.patch import Plan, plan
+from onnx_clp.model.save import (
+    add_at_end,
+    check_bytes,
+    data_names,
+    forget_metadata,
+    location_edits,
+    metadata_entries,
+    move_into_place,
+    rewritten,
+)
+from onnx_clp.model.source import ByteSource
+from onnx_clp.model.tensors import PayloadError
+from onnx_clp.sanitize import Check, Left, Options, SanitizeReport, Silenced
+from onnx_clp.scan import Analysis, analyse
+from onnx_clp.verify import Choice, verify
+
+
+def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, options: Options) -> SanitizeReport:
+    """What ``sanitize`` does with the open ``source``, whose SHA-256 ``digest`` waits for."""
+    destination = Path(dst)
+    with open_source(source) as file:
+        names = data_names(file, destination)
+        if not options.dry_run:
+            _check_destination(source.path, destination, names, force=options.force, in_place=options.in_place)
+        analysis = analyse(file, options.u, count_dead=options.count_dead, name=src)
+        wanted, left = _choose(analysis, options.max_share)
+        changes, done, refused = _plan(analysis, wanted)
+        silenced = tuple(Silenced(choice.part.site.node.name, choice.channels) for choice in done)
+        report = SanitizeReport(
+            source=src,
+            destination=dst,
+            written=False,
+            files=(),
+            input_sha256="",
+            max_share=options.max_share,
+            silenced=silenced,
+            left=(*left, *refused),
+            unshared=changes.unshared,
+            before=analysis.report,
+            after=None,
+            checks=(),
+        )
+        if options.dry_run:
+            return report
+        edits = {location: [*group] for location, group in changes.edits.items()}
+        edits.setdefault("", []).extend(location_edits(file, names))
+        if options.metadata:
+            edits[""] += forget_metadata(file)
+
+        with rewritten(file, edits, names, destination) as written:
+            changed = check_bytes(written)
+            if options.metadata:
+                add_at_end(written, metadata_entries(_note(options.u, digest(), silenced)))
+            checks, after = verify(analysis, done, written, options.input_shapes, dst)
+            bytes_checked = Check(
+                "bytes", passed=True, detail=f"{changed} bytes replaced, every other byte is the input's"
+            )
+            move_into_place(written, destination)
+            files = tuple(path.name for _, _, path in written.files)
+        return replace(
+            report, written=True, files=files, input_sha256=digest(), checks=(bytes_checked, *checks), after=after
+        )
+
+
+def _check_destination(
+    source: Path, destination: Path, names: Mapping[str, str], *, force: bool, in_place: bool
+) -> None:
+    """Raise UsageError where ``destination`` cannot be written, or would overwrite what nobody asked to."""
+    if destination.is_dir():
+        raise UsageError(f"{destination} is a folder", "name the file to write")
+    if not destination.parent.is_dir():
+        raise UsageError(f"the folder {destination.parent} does not exist", "make it first")
+    same = destination.exists() and destination.samefile(source)
+    if same and not in_place:
+        raise UsageError(f"{destination} is the input itself", "name another file, or say --in-place")
+    if same:
+        return
+    targets = [destination, *(destination.parent / name for name in names.values())]
+    existing = [target for target in targets if target.exists() or target.is_symlink()]
+    if existing and not force:
+        raise UsageError(f"{existing[0]} exists", "name another file, or say --force")
+
+
+def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Left]]:
+    """Which flagged channels to silence, and which layers flag more than ``max_share`` allows."""
+    chosen: list[Choice] = []
+    left: list[Left] = []
+    for part, layer in zip(analysis.measured, analysis.report.layers, strict=True):
+        channels = tuple(sorted(channel.index for channel in layer.flagged))
+        if not channels:
+            continue
+        share = len(channels) / layer.channels
+        if share > max_share:
+            reason = f"{share:.1%} of its channels are flagged, more than the {max_share:.1%} that may be silenced"
+            left.append(Left(layer.name, channels, reason))
+        else:
+            chosen.append(Choice(part, channels))
+    return chosen, left
+
+
+def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice, ...], tuple[Left, ...]]:
+    """Plan the edits; a site whose channels cannot be silenced is left, and the others planned anew without it."""
+    refused: list[Left] = []
+    while True:
+        try:
+            changes = plan(
+                analysis.constants, analysis.graph, [(choice.part.site.knobs, choice.channels) for choice in wanted]
+            )
+        except PayloadError as error:
+            raise UsageError(f"a constant cannot be rewritten: {error.message}") from error
+        if not changes.refused:
+            return changes, tuple(wanted), tuple(refused)
+        for position, reason in changes.refused.items():
+            choice = wanted[position]
+            refused.append(Left(choice.part.site.node.name, choice.channels, reason))
+        wanted = [choice for position, choice in enumerate(wanted) if position not in changes.refused]
+
+
+def _note(u: float, digest: str, silenced: tuple[Silenced, ...]) -> dict[str, str]:
+    """What the metadata of the written model says of it; nothing here is ever read back as a fact."""
+    return {
+        "version": __version__,
+        "u": repr(u),
+        "input_sha256": digest,
+        "silenced": json.dumps({part.layer: part.channels for part in silenced}, separators=(",", ":")),
+    }
