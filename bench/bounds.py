@@ -1,13 +1,14 @@
 """Time ``spectral_norms`` against one SVD per channel, on the convolutions of three torchvision networks.
 
 ``python bench/bounds.py`` prints medians over interleaved repeats in one process on one thread, weights drawn by
-``randn``. Three loops over the channels stand on the other side:
+``randn``. Loops over the channels stand on the other side, in milliseconds:
 
-* *published*: the method's own, ``torch.svd`` with both sets of singular vectors, after the scaling by the BatchNorm;
-* *numpy*: ``numpy.linalg.svd(compute_uv=False)``;
-* *torch*: ``torch.linalg.svdvals``.
+* *published*: the method's own, which scales the channel's matrix by the BatchNorm and takes its reduced SVD with both
+  sets of singular vectors, by ``torch.linalg.svd`` or by ``numpy.linalg.svd``;
+* *svd alone*: the same SVD of ``torch``, of the matrix as it is;
+* *values*: the singular values alone of the matrix as it is, ``torch.linalg.svdvals`` or ``compute_uv=False``.
 
-*ratio* is the faster of the last two over ours, *published ratio* the first over ours. *difference* is the largest
+The *ratios* are of the faster loop of each kind over ours. The goal is for the first. *difference* is the largest
 relative one to ``numpy.linalg.svd`` in float64.
 """
 
@@ -55,23 +56,39 @@ def kernels_of(network: str) -> list[NDArray[np.float32]]:
     ]
 
 
-def published_loop(kernel: NDArray[np.float32]) -> list[float]:
+def published_torch(kernel: NDArray[np.float32]) -> list[float]:
     """Return the bounds as the published code computes them."""
     weight, gamma, std = torch.from_numpy(kernel), torch.ones(len(kernel)), torch.ones(len(kernel))
     return [
-        torch.svd(weight[k].reshape(weight.shape[1], -1) * (gamma[k] / std[k]).abs())[1].max().item()
+        torch.linalg.svd(weight[k].reshape(weight.shape[1], -1) * (gamma[k] / std[k]).abs(), full_matrices=False)[1]
+        .max()
+        .item()
         for k in range(len(weight))
     ]
 
 
-def numpy_loop(kernel: NDArray[Any]) -> list[float]:
-    """Return the bounds from NumPy's singular values."""
-    return [np.linalg.svd(matrix, compute_uv=False)[0] for matrix in kernel]
+def published_numpy(kernel: NDArray[np.float32]) -> list[float]:
+    """Return the bounds as the published code computes them, in NumPy's words."""
+    gamma, std = np.ones(len(kernel), np.float32), np.ones(len(kernel), np.float32)
+    return [
+        np.linalg.svd(kernel[k].reshape(kernel.shape[1], -1) * abs(gamma[k] / std[k]), full_matrices=False)[1].max()
+        for k in range(len(kernel))
+    ]
 
 
-def torch_loop(kernel: NDArray[np.float32]) -> list[float]:
+def svd_alone(kernel: NDArray[np.float32]) -> list[float]:
+    """Return the bounds from torch's reduced SVD."""
+    return [torch.linalg.svd(matrix, full_matrices=False)[1][0].item() for matrix in torch.from_numpy(kernel)]
+
+
+def values_torch(kernel: NDArray[np.float32]) -> list[float]:
     """Return the bounds from torch's singular values."""
     return [torch.linalg.svdvals(matrix)[0].item() for matrix in torch.from_numpy(kernel)]
+
+
+def values_numpy(kernel: NDArray[Any]) -> list[float]:
+    """Return the bounds from NumPy's singular values."""
+    return [np.linalg.svd(matrix, compute_uv=False)[0] for matrix in kernel]
 
 
 def milliseconds(function: Callable[[NDArray[np.float32]], object], kernels: list[NDArray[np.float32]]) -> float:
@@ -85,18 +102,20 @@ def milliseconds(function: Callable[[NDArray[np.float32]], object], kernels: lis
 def main() -> None:
     """Print one line for each network."""
     torch.set_num_threads(1)
-    functions = (published_loop, numpy_loop, torch_loop, spectral_norms)
-    print("ms         published   numpy   torch    ours   ratio  published ratio  difference")
+    functions = (published_torch, published_numpy, svd_alone, values_torch, values_numpy, spectral_norms)
+    print("               published    svd       values        |       ratio to                   largest")
+    print("network      torch numpy  alone  torch numpy   ours | published  svd alone  values  difference")
     for network in NETWORKS:
         kernels = kernels_of(network)
         rounds = [[milliseconds(function, kernels) for function in functions] for _ in range(REPEATS)]
-        published, numpy_svd, torch_svd, ours = (statistics.median(column) for column in zip(*rounds, strict=True))
+        times = [statistics.median(column) for column in zip(*rounds, strict=True)]
+        ours = times[-1]
         difference = max(
-            np.abs(spectral_norms(kernel) / numpy_loop(kernel.astype(np.float64)) - 1).max() for kernel in kernels
+            np.abs(spectral_norms(kernel) / values_numpy(kernel.astype(np.float64)) - 1).max() for kernel in kernels
         )
         print(
-            f"{network:10}{published:10.0f}{numpy_svd:8.0f}{torch_svd:8.0f}{ours:8.1f}"
-            f"{min(numpy_svd, torch_svd) / ours:8.1f}{published / ours:17.1f}{difference:12.1e}",
+            f"{network:12}{times[0]:7.0f}{times[1]:6.0f}{times[2]:7.0f}{times[3]:7.0f}{times[4]:6.0f}{ours:7.1f} |"
+            f"{min(times[:2]) / ours:10.1f}{times[2] / ours:11.1f}{min(times[3:5]) / ours:8.1f}{difference:12.1e}",
         )
 
 

@@ -16,8 +16,8 @@ at most the fraction ½·K·u·q, K = ``SLAB`` in float32 and the rows in float6
 dominates, so also where all signs agree and roundings add up. To come near the bound where q is large, the roundings of
 all m² sums would have to line up with one eigenvector; those of random kernels do not.
 
-**Shift.** With s = tr G / 2m ≤ λ₁/2, the largest eigenvalue by size of B = G − s·I is λ₁ − s: no other exceeds it above,
-and −s bounds them all below. The ratio to the next is larger than that of G.
+**Shift.** With s = tr G / 2m ≤ λ₁/2, the eigenvalue of B = G − s·I of largest size is λ₁ − s ≥ s: the others lie
+between −s and λ₁ − s. It stands out more than λ₁ in G.
 
 **Power sums.** Let β₁ = λ₁ − s, |β₁| ≥ … ≥ |β_m| be the eigenvalues of B, p even, s_p = Σ βᵢ^p = tr B^p, and
 M = B^p / s_p, with the eigenvalues μᵢ = βᵢ^p / s_p ≥ 0, which sum to 1. Then
@@ -183,7 +183,7 @@ def _largest_eigenvalues(m_p: NDArray[Any], tolerance: float) -> Float64s:
             m_p = m_p @ m_p
         p <<= SQUARINGS
         trace = np.einsum("nii->n", m_p)
-        log_root += np.log(trace) / p
+        log_root += np.log(trace, dtype=np.float64) / p
         if p >= FIRST_LOOK:
             t = np.einsum("nij,nij->n", m_p, m_p).astype(np.float64) / trace.astype(np.float64) ** 2
             upper = (1 + np.sqrt(np.maximum((m - 1) * (m * t - 1), 0))) / m
@@ -192,6 +192,7 @@ def _largest_eigenvalues(m_p: NDArray[Any], tolerance: float) -> Float64s:
             # Half the interval of μ₁, through the p-th root to β₁ and the square root to σ_max.
             wide = upper - lower > 4 * p * tolerance * lower
             if not wide.any():
-                return shift + np.exp(log_eigenvalue)
+                eigenvalues: Float64s = shift + np.exp(log_eigenvalue)
+                return eigenvalues
             todo, log_root, trace, m_p = todo[wide], log_root[wide], trace[wide], m_p[wide]
         m_p /= trace[:, None, None]

@@ -23,7 +23,7 @@ from onnx_clp.operators import channel_count, linear
 from onnx_clp.shapes import Shapes
 
 _ONE_LIPSCHITZ: Final = frozenset(
-    """Identity Cast Dropout Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg MaxPool AveragePool GlobalAveragePool
+    """Identity Cast Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg MaxPool AveragePool GlobalAveragePool
     GlobalMaxPool Resize Upsample QuantizeLinear DequantizeLinear""".split()  # noqa: SIM905  # read as a sentence
 )
 """Operators that keep the channels where they are and make no difference larger (rounding aside)."""
@@ -35,7 +35,7 @@ TRAINING_MODE_VERSION: Final = 14
 """The version of BatchNormalization that has ``training_mode``."""
 
 NO_IS_TEST_VERSION: Final = 7
-"""The version of BatchNormalization that has ``is_test`` no more."""
+"""The version of BatchNormalization and Dropout that has ``is_test`` no more."""
 
 CONCAT_AXIS_VERSION: Final = 4
 """The version of Concat from which on ``axis`` has no default."""
@@ -241,6 +241,15 @@ class _Tracer:
             return None
         return Flow(self.add(Scaled(flow.source, node)), flow.sizes, (1,))
 
+    def dropout(self, node: Node, flow: Flow) -> Result:
+        """In inference it passes its input on; ``is_test`` says so up to version 6, ``training_mode`` from 12 on."""
+        if node.opset < NO_IS_TEST_VERSION:
+            return flow if node.integer("is_test", 0) else None
+        if node.input(2) == MISSING:
+            return flow
+        training = self.constants.small(node.input(2))
+        return flow if training is not None and not training.any() else None
+
     def prelu(self, node: Node, flow: Flow) -> Result:
         slope = self.constants.small(node.input(1))
         return flow if slope is not None and bool(np.all(np.abs(slope) <= 1)) else None
@@ -393,6 +402,7 @@ _OF_ONE: Final[Mapping[str, Callable[[_Tracer, Node, Flow], Result]]] = MappingP
     dict.fromkeys(_ONE_LIPSCHITZ, _Tracer.same)
     | {
         "BatchNormalization": _Tracer.batch_normalization,
+        "Dropout": _Tracer.dropout,
         "Flatten": _Tracer.flatten,
         "Gather": _Tracer.gather,
         "PRelu": _Tracer.prelu,

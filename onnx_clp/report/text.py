@@ -92,7 +92,7 @@ def _coverage(report: ScanReport, style: Style) -> str:
 
 
 def _outliers(report: ScanReport, style: Style) -> str:
-    rule = f"above mean + {report.u:g}·std of its layer"
+    rule = f"above mean + {report.u:g}·std of the layer"
     if not report.analysed:
         return style("nothing could be judged, which is not the same as clean", "bad")
     layers = sum(bool(layer.flagged) for layer in report.layers)
