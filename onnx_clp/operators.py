@@ -95,6 +95,7 @@ def channel_count(node: Node, shape: tuple[int, ...]) -> int:
     return channels
 
 
+@np.errstate(all="ignore")  # Inf and NaN are findings, not warnings
 def kernel(node: Node, constants: Constants) -> Array:
     """The kernel of ``node`` as (channels, rows, columns), dequantised. Raises PayloadError where it cannot be read."""
     description = linear(node)

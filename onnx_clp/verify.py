@@ -84,9 +84,10 @@ def _format_error(file: ModelFile) -> str:
     for tensor in _tensors(model):
         # The weights stay on disk: an element of eight bytes, the size of the ticket, stands in for each tensor.
         if tensor.raw_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
-            name = tensor.name
-            tensor.Clear()
-            tensor.MergeFrom(onnx.TensorProto(name=name, data_type=onnx.TensorProto.INT64, raw_data=bytes(8)))
+            for field in ("dims", "external_data", "data_location"):
+                tensor.ClearField(field)
+            tensor.data_type = onnx.TensorProto.INT64
+            tensor.raw_data = bytes(8)
     for sparse in model.graph.sparse_initializer:
         for part in (sparse.values, sparse.indices):
             part.CopyFrom(complete(file, part))

@@ -50,7 +50,7 @@ def compute(body: Body, values: dict[str, Array], opsets: dict[str, int]) -> Non
                 results = [numpy_helper.to_array(node.attribute[0].t)]  # the evaluator would give a bfloat16 as float
             else:
                 feed = {name: values[name] for name in node.input if name}
-                results = ReferenceEvaluator(alone(node, feed, opsets)).run(None, feed)
+                results = [*ReferenceEvaluator(alone(node, feed, opsets)).run(None, feed)]
             values |= dict(zip(node.output, results, strict=False))
         waiting = left
 

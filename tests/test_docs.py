@@ -27,7 +27,6 @@ DOCUMENTS: Final = (README, *sorted((ROOT / "docs").glob("*.md")))
 MARK: Final = "<!-- test-command -->\n"
 
 BLOCK: Final = re.compile(r"(?ms)(?P<mark>^<!-- test-command -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$")
-SHA256: Final = re.compile(r"\b[0-9a-f]{64}\b")
 LINK: Final = re.compile(r"(?<!!)\[[^]]+\]\(([^)\s]+)\)")
 ONNX_CLP: Final = f"#!/bin/sh\nexec '{sys.executable}' -m onnx_clp \"$@\"\n"
 # Stands in for `python3 -m venv .venv`: no installation needs the network, pip does nothing and onnx-clp is this one.
@@ -110,7 +109,7 @@ def broken_links(document: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_and_snippets_run_and_give_what_the_document_shows(path: Path) -> None:
     document = path.read_text(encoding="utf-8")
-    assert SHA256.sub("…", refreshed(document)) == SHA256.sub("…", document)
+    assert refreshed(document) == document
 
 
 @needs_bash

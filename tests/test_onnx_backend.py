@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.backend.test.case.test_case import TestCase
 
 import onnx_clp
 from tests.rewritten import assert_differs_as_planned
@@ -67,6 +68,7 @@ def test_every_case_ends_well(chunk: int, tmp_path: Path) -> None:
     """The case as it is, and with every input but the first made an initializer, as weights are."""
     path = tmp_path / "model.onnx"
     for case in cases()[chunk::CHUNKS]:
+        assert case.model is not None
         for model in (case.model, *frozen(case, first=1)):
             path.write_bytes(model.SerializeToString())
             report = scan_or_refuse(path)
@@ -90,6 +92,8 @@ def as_array(value: Any) -> Any:  # noqa: ANN401  a value of any of ONNX's types
 
 def frozen(case: TestCase, first: int) -> Iterator[onnx.ModelProto]:
     """The model of ``case`` with its inputs from ``first`` on made initializers; nothing where they are no tensors."""
+    assert case.model is not None
+    assert case.data_sets is not None
     given = list(map(as_array, case.data_sets[0][0]))
     names = [value.name for value in case.model.graph.input]
     if len(given) != len(names) or not all(isinstance(array, np.ndarray) for array in given):
@@ -114,6 +118,7 @@ def as_kernel(case: TestCase) -> tuple[onnx.ModelProto, NDArray[np.float32]] | N
 
     None where the case gives no numbers, or too many.
     """
+    assert case.data_sets is not None
     models, result = list(frozen(case, first=0)), as_array(case.data_sets[0][1][0])
     if (
         not models

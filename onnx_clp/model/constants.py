@@ -40,6 +40,10 @@ class Derived:
 Constant = Stored | Derived | Array
 
 
+_UNFIT: Final = (ValueError, IndexError, TypeError, KeyError, OverflowError)
+"""What NumPy raises where operands do not fit an operator."""
+
+
 class Constants:
     """The constants of a graph, by value."""
 
@@ -102,7 +106,7 @@ class Constants:
     def view(self, step: Derived, data: Array) -> Array:
         """What the shape-changing ``step`` makes of ``data`` in place of its first operand."""
         operands = [None if operand is None else self.evaluate(operand) for operand in step.operands[1:]]
-        return compute(step.node, [data, *operands])
+        return self._compute(step, [data, *operands])
 
     def evaluate(self, constant: Constant) -> Array:
         """The elements of ``constant``, computed without recursion and each shared operand once."""
@@ -122,8 +126,15 @@ class Constants:
                     pending += missing
                 else:
                     operands = [None if operand is None else done[id(operand)] for operand in top.operands]
-                    done[id(top)] = compute(top.node, operands)
+                    done[id(top)] = self._compute(top, operands)
         return done[id(constant)]
+
+    def _compute(self, derived: Derived, operands: list[Array | None]) -> Array:
+        try:
+            return compute(derived.node, operands)
+        except _UNFIT as error:
+            name = self._graph.name_of(derived.node.outputs[0])
+            raise PayloadError(f"weight {name!r} cannot be computed: {derived.node.op_type}: {error}") from error
 
     def _store(self, value: int, proto: onnx.TensorProto | onnx.SparseTensorProto) -> None:
         try:
@@ -153,7 +164,7 @@ class Constants:
                 fill = node.attributes.get("value")
                 operands.append(None if fill is None else stored(fill.t))
             self._derive(node, operands)
-        except (PayloadError, ValueError, IndexError, TypeError, KeyError, OverflowError) as error:
+        except (PayloadError, *_UNFIT) as error:
             name = self._graph.name_of(node.outputs[0])
             self._refused[node.outputs[0]] = PayloadError(f"weight {name!r}: {node.op_type}: {error}")
 

@@ -73,7 +73,8 @@ class _Builder:
         self.initializers: dict[int, onnx.TensorProto | onnx.SparseTensorProto] = {}
         self.shapes: dict[int, Shape] = {}
         self.functions = {
-            (_domain(function.domain), function.name, function.overload): function for function in file.proto.functions
+            (_domain(function.domain), _text(function.name), function.overload): function
+            for function in file.proto.functions
         }
 
     def value(self, name: str) -> int:
@@ -97,7 +98,7 @@ class _Builder:
     def declare(self, name: str, scope: _Scope) -> int:
         """The value ``name`` of this very scope, made where it is new."""
         if name not in scope.values:
-            scope.values[name] = self.value(name)
+            scope.values[name] = self.value(_text(name))
         return scope.values[name]
 
     def body(self, nodes: Iterable[onnx.NodeProto], scope: _Scope) -> None:
@@ -123,12 +124,12 @@ class _Builder:
             raise ModelFileError(
                 f"{self.file.path} expands to more than {NODE_LIMIT:,} nodes; its functions call too often"
             )
-        name = scope.path + (proto.name or next(iter(proto.output), "") or proto.op_type)
-        domain = _domain(proto.domain)
+        name = scope.path + (_text(proto.name) or next(iter(proto.output), "") or _text(proto.op_type))
+        op_type, domain = _text(proto.op_type), _domain(proto.domain)
         inputs = tuple(self.resolve(given, scope) for given in proto.input)
         outputs = tuple(scope.values[made] if made else MISSING for made in proto.output)
         attributes = _attributes(proto, scope.call)
-        key = (domain, proto.op_type, proto.overload)
+        key = (domain, op_type, proto.overload)
         function = self.functions.get(key)
         if function is not None:
             if key in scope.chain or len(scope.chain) >= CALL_DEPTH_LIMIT:
@@ -235,9 +236,16 @@ def _entries(
         yield formal, source, carried
 
 
+def _text(name: str | bytes) -> str:
+    """``name`` as protobuf gives it: as bytes where it is not UTF-8, which is refused here."""
+    if isinstance(name, bytes):
+        raise ModelFileError(f"a name in the model is not UTF-8: {name[:100]!r}", "the file is corrupt")
+    return name
+
+
 def _domain(domain: str) -> str:
     """The default domain has two spellings."""
-    return "" if domain == "ai.onnx" else domain
+    return "" if _text(domain) == "ai.onnx" else domain
 
 
 def _shape(info: onnx.ValueInfoProto) -> Shape | None:
@@ -254,6 +262,7 @@ def _attributes(proto: onnx.NodeProto, call: Attributes | None) -> Attributes:
     """The attributes of ``proto`` by name; one that refers to an attribute of the function is the call's."""
     attributes = {}
     for attribute in proto.attribute:
+        _text(attribute.name)
         if not attribute.ref_attr_name:
             attributes[attribute.name] = attribute
         elif call is not None and attribute.ref_attr_name in call:
@@ -269,10 +278,7 @@ def build_graph(file: ModelFile) -> Graph:
     builder = _Builder(file)
     proto = file.proto.graph
     scope = _Scope("", {_domain(entry.domain): entry.version for entry in file.proto.opset_import})
-    try:
-        builder.graph(proto, scope)
-    except UnicodeDecodeError as error:
-        raise ModelFileError(f"{file.path} has a name that is not UTF-8", "the file is corrupt") from error
+    builder.graph(proto, scope)
     given = {scope.values[info.name] for info in proto.input}
     nodes, cyclic = _ordered(builder.drafts)
     producers = {value: node for node in nodes for value in node.outputs if value != MISSING}

@@ -71,7 +71,7 @@ def _locations(file: ModelFile) -> Iterator[str]:
         for span, _ in payload.external:
             entry = _entry(file, span)
             if entry.key == "location":
-                yield entry.value
+                yield str(entry.value)
 
 
 def _entry(file: ModelFile, span: Span) -> StringStringEntryProto:
@@ -86,15 +86,15 @@ def location_edits(file: ModelFile, names: Mapping[str, str]) -> Iterator[Edit]:
     for payload in file.layout.payloads:
         for span, enclosing in payload.external:
             entry = _entry(file, span)
-            if entry.key == "location" and names[entry.value] != entry.value:
-                entry.value = names[entry.value]
+            if entry.key == "location" and names[str(entry.value)] != entry.value:
+                entry.value = names[str(entry.value)]
                 yield Edit(span, length_delimited(EXTERNAL_DATA, entry.SerializeToString()), enclosing)
 
 
 def forget_metadata(file: ModelFile) -> Iterator[Edit]:
     """Edits that remove the model's ``onnx_clp.*`` metadata, which an earlier rewrite left."""
     for span, known in zip(file.layout.metadata, file.proto.metadata_props, strict=True):
-        if known.key.startswith(METADATA_PREFIX):
+        if str(known.key).startswith(METADATA_PREFIX):
             yield Edit(span, b"")
 
 

@@ -149,7 +149,7 @@ def read(file: ModelFile, tensor: Stored) -> Array:
 
 def _external(proto: onnx.TensorProto, length: int) -> tuple[str, int, int]:
     """``(location, offset, length)`` of external data; the last entry of a key counts."""
-    entries = {entry.key: entry.value for entry in proto.external_data}
+    entries = {str(entry.key): str(entry.value) for entry in proto.external_data}
     try:
         offset, declared = int(entries.get("offset", 0)), int(entries.get("length", length))
     except ValueError as error:
