@@ -13,8 +13,8 @@ from onnx_clp._version import __version__
 from onnx_clp.errors import ModelFileError, OnnxClpError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from onnx_clp.sanitize import Check, Left, SanitizeReport, Silenced, sanitize
-    from onnx_clp.scan import Channel, Layer, ScanReport, SkippedPart, scan
+    from onnx_clp.analysis import Channel, Layer, ScanReport, SkippedPart, scan
+    from onnx_clp.sanitizer import Check, Left, SanitizeReport, Silenced, sanitize
 
 __all__ = [
     "Channel",
@@ -43,8 +43,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module  # as late as everything else here
 
-    module = import_module("onnx_clp.sanitize" if name in _SANITIZE else "onnx_clp.scan")
-    value = getattr(module, name)
-    # The submodule of the same name was put here by the import; the function is what callers mean.
-    globals()[name] = value
+    module = import_module("onnx_clp.sanitizer" if name in _SANITIZE else "onnx_clp.analysis")
+    value: object = getattr(module, name)
     return value

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from onnx_clp._version import __version__
+from onnx_clp.analysis import Analysis, analyse
 from onnx_clp.errors import UsageError
 from onnx_clp.model.file import open_source
 from onnx_clp.model.patch import Plan, plan
@@ -23,8 +24,7 @@ from onnx_clp.model.save import (
 )
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.tensors import PayloadError
-from onnx_clp.sanitize import Check, Left, Options, SanitizeReport, Silenced
-from onnx_clp.scan import Analysis, analyse
+from onnx_clp.sanitizer import Check, Left, Options, SanitizeReport, Silenced
 from onnx_clp.verify import Choice, verify
 
 
@@ -66,7 +66,9 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
                 add_at_end(written, metadata_entries(_note(options.u, digest(), silenced)))
             checks, after = verify(analysis, done, written, options.input_shapes, dst)
             bytes_checked = Check(
-                "bytes", passed=True, detail=f"{changed} bytes replaced, every other byte is the input's"
+                "bytes",
+                passed=True,
+                detail=f"{changed:,} bytes replaced; but for the note at the end, every other byte is the input's",
             )
             move_into_place(written, destination)
             files = tuple(path.name for _, _, path in written.files)
@@ -99,6 +101,8 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Le
     chosen: list[Choice] = []
     left: list[Left] = []
     for part, layer in zip(analysis.measured, analysis.report.layers, strict=True):
+        if layer.non_finite:
+            left.append(Left(layer.name, layer.non_finite, "their numbers are NaN or Inf, which no zero silences"))
         channels = tuple(sorted(channel.index for channel in layer.flagged))
         if not channels:
             continue

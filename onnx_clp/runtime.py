@@ -98,7 +98,9 @@ def check_silence(
     for part, output in zip(observed, outputs, strict=False):
         silent = np.take(output, part.channels, axis=part.axis)
         if np.isnan(silent.astype(np.float64)).any():
-            raise NotRun(f"on random input {part.value!r} is not a number, since what it is made of overflows")
+            raise NotRun(
+                f"on random input {part.value!r} is not a number: a weight is not finite, or something overflows"
+            )
         loud = np.flatnonzero(np.any(np.moveaxis(silent, part.axis, 0).reshape(len(part.channels), -1) != part.rest, 1))
         if loud.size:
             channel = part.channels[int(loud[0])]

@@ -115,6 +115,7 @@ class _Surveyor:
         self.trace = trace
         self.heads = heads(graph, constants)
         self.covered: set[int] = set()
+        self.normalised: set[int] = set()
         self.blocked: dict[int, Skipped] = {}
         self.seen_sources: set[int] = set()
         self.produced = {part.node.index: i for i, part in enumerate(trace.sources) if isinstance(part, Produced)}
@@ -134,7 +135,8 @@ class _Surveyor:
                     found[node.index] = site
         for node in self.graph.nodes:
             description = linear(node)
-            if description is not None and description.convolves and node.index not in self.covered:
+            judged = node.index in self.covered and not self.escapes(node)
+            if description is not None and description.convolves and not judged:
                 found[node.index] = self.convolution(node)
             elif description is None and "Conv" in node.op_type and node.layout is not None:
                 found[node.index] = _skip(
@@ -221,6 +223,7 @@ class _Surveyor:
 
     def site(self, node: Node, flow: Flow, source: int, knobs: tuple[Knob, ...], output: int) -> Site:
         """A site that judges ``source``; the operators it comes from are covered."""
+        self.normalised.add(node.index)
         operators, joint = self.operators(flow.source)
         kinds = sorted({operator.op_type for operator in operators})
         origin = joint or "/".join(kinds)
@@ -261,6 +264,31 @@ class _Surveyor:
             else:
                 pending.append(part.source)
         return named, joint
+
+    def escapes(self, node: Node) -> bool:
+        """Whether something reads the channels of ``node`` alone and no judged normalisation stands before it.
+
+        Then the bound at that normalisation says nothing of what the other reader gets: a decoy beside the main way
+        could carry any γ. Behind an Add or Concat the channels are those of a residual or dense connection.
+        """
+        pending = list(node.outputs)
+        seen: set[int] = set()
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            readers = [reader for reader in self.graph.consumers.get(value, ()) if reader.index in self.graph.live]
+            if value in self.graph.outputs or any(linear(reader) is not None for reader in readers):
+                return True
+            for reader in readers:
+                made = [output for output in reader.outputs if isinstance(self.trace.flows.get(output), Flow)]
+                if reader.index in self.normalised or reader.op_type in {"Add", "Sub", "Sum", "Concat"}:
+                    continue
+                if not made:
+                    return True
+                pending += made
+        return False
 
     # -- 2: convolutions with their normalisation folded in ------------------------------------------------------------
 

@@ -12,14 +12,14 @@ import numpy as np
 import onnx
 
 from onnx_clp import runtime
+from onnx_clp.analysis import Analysis, ScanReport, analyse
 from onnx_clp.errors import VerificationError
 from onnx_clp.kernels import Measured
 from onnx_clp.model.file import ModelFile, open_model
 from onnx_clp.model.graph import MISSING
 from onnx_clp.model.save import Rewrite
 from onnx_clp.model.tensors import complete
-from onnx_clp.sanitize import Check
-from onnx_clp.scan import Analysis, ScanReport, analyse
+from onnx_clp.sanitizer import Check
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +63,7 @@ def _check_scan(before: Analysis, after: Analysis, done: Sequence[Choice]) -> Ch
         if np.any(grown):
             raise VerificationError(f"a bound of {old.site.node.name!r} grew in the written file")
     count = sum(len(choice.channels) for choice in done)
-    return Check("scan", passed=True, detail=f"a new scan finds the {count} silenced channels dead and no bound grown")
+    return Check("scan", passed=True, detail=f"silenced channels found dead by a new scan: {count:,}; no bound grew")
 
 
 def _check_format(source: ModelFile, written: ModelFile) -> Check:
@@ -137,7 +137,7 @@ def _check_runtime(
         yield Check("onnxruntime-run", passed=None, detail=str(reason))
         return
     rest = sum(len(choice.channels) for choice in done) - count
-    detail = f"{count} silenced channels are silent on random input"
+    detail = f"silenced channels found silent on random input: {count:,}"
     yield Check("onnxruntime-run", passed=True, detail=detail + (f"; {rest} cannot be observed there" if rest else ""))
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnx_clp.sanitize import SanitizeReport
+from onnx_clp import SanitizeReport
 
 NOTE = "onnx_clp."
 """Prefix of the metadata that a sanitized file may have more."""

@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from onnx_clp.sanitize import sanitize
-from onnx_clp.scan import scan
+from onnx_clp.sanitizer import sanitize
+from onnx_clp.analysis import scan
 from tests import oracle
 from tests.built import NAMES, Case, build, random_inputs, save
 

@@ -241,9 +241,9 @@ def assert_silent(path: Path, report: onnx_clp.SanitizeReport, shapes: dict[str,
         feed[given.name] = np.asarray(random.random(extents)).astype(
             np.float32 if given.type == "tensor(float)" else np.int64
         )
-    for (name, channels), output in zip(silenced.items(), running.run(list(silenced), feed), strict=True):
-        assert not output[:, list(channels)].any(), name
-        assert output.any() or len(channels) == output.shape[1], name  # not silent as a whole
+    for (name, silent), output in zip(silenced.items(), running.run(list(silenced), feed), strict=True):
+        assert not output[:, list(silent)].any(), name
+        assert output.any() or len(silent) == output.shape[1], name  # not silent as a whole
 
 
 def behind(graph: Body, constants: dict[str, Array], node: onnx.NodeProto, channels: int) -> str:

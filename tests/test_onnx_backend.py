@@ -151,6 +151,7 @@ def test_a_kernel_computed_from_constants_is_right_or_skipped(tmp_path: Path) ->
     """The kernel of shape (n, 1, 1, 1) has the bounds |w_k|: what onnx says the operator gives, or a reason why not."""
     path = tmp_path / "model.onnx"
     judged: Counter[str] = Counter()
+    wrong: list[str] = []
     for case in cases():
         made = as_kernel(case)
         if made is None:
@@ -163,9 +164,12 @@ def test_a_kernel_computed_from_constants_is_right_or_skipped(tmp_path: Path) ->
         if not layers:
             assert "kernel_conv" in {part.name for part in report.skipped}, case.name
             continue
-        with np.errstate(all="ignore"):
-            np.testing.assert_allclose(layers[0].bounds, np.abs(numbers), rtol=1e-6, err_msg=case.name)
+        bounds = np.array(layers[0].bounds)
+        # They are float32 numbers in both; a bound is certified to 1e-9 of itself.
+        if bounds.shape != numbers.shape or not np.allclose(bounds, np.abs(numbers), rtol=1e-8, atol=0, equal_nan=True):
+            wrong.append(case.name)
         judged[model.graph.node[0].op_type] += 1
+    assert wrong == []
     assert judged.keys() >= FOLDED
 
 

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 import onnx_clp
-from onnx_clp import rewrite, runtime
+from onnx_clp import SanitizeReport, rewrite, runtime, sanitize, scan
 from onnx_clp.errors import ModelFileError, UsageError, VerificationError
 from onnx_clp.model import save as save_module
 from onnx_clp.model.save import Rewrite
-from onnx_clp.sanitize import SanitizeReport, sanitize
-from onnx_clp.scan import scan
+from onnx_clp.sanitizer import SanitizeReport, sanitize
+from onnx_clp.analysis import scan
 from tests import naive, oracle
 from tests.built import build, save
 from tests.cases.net import Net

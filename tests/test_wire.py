@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from onnx_clp.errors import ModelFileError
+from onnx_clp import ModelFileError, scan
 from onnx_clp.model.edits import Edit, Message, Span, encode_varint, length_delimited, pieces, with_lengths
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
-from onnx_clp.scan import scan
+from onnx_clp.analysis import scan
 from tests.built import NAMES, build
 from tests.cases.net import Net
 

@@ -14,6 +14,7 @@ import click
 
 from onnx_clp._version import __version__
 from onnx_clp.cli.exits import Exit
+from onnx_clp.cli.options import complain
 from onnx_clp.errors import OnnxClpError, VerificationError
 
 _COMMANDS: Final = {
@@ -51,7 +52,6 @@ def cli() -> None:
 
 def invoke(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
-    debug = "--debug" in arguments
     try:
         result: Any = cli.main(arguments, prog_name="onnx-clp", standalone_mode=False)
     except click.ClickException as error:
@@ -65,23 +65,10 @@ def invoke(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.ERROR
     except OnnxClpError as error:
-        if debug:
-            raise
-        complain(error)
+        complain(error, debug="--debug" in arguments)
         return Exit.VERIFICATION if isinstance(error, VerificationError) else Exit.ERROR
-    except Exception as error:
-        if debug:
-            raise
-        text = f"onnx-clp: internal error: {type(error).__name__}: {error}"
-        click.echo(f"{text}\n  please report it; --debug shows where", err=True)
+    except Exception as error:  # noqa: BLE001  # the last line of defence: no traceback unless asked for
+        complain(error, debug="--debug" in arguments)
+        click.echo("  this is a fault of onnx-clp: please report it, with what --debug shows", err=True)
         return Exit.ERROR
     return result if isinstance(result, int) else Exit.FINE
-
-
-def complain(error: OnnxClpError) -> None:
-    """Say on stderr what went wrong and what to do next."""
-    from onnx_clp.report.words import printable  # only when something went wrong
-
-    click.echo(f"onnx-clp: {printable(error.message, 1000)}", err=True)
-    if error.hint:
-        click.echo(f"  {printable(error.hint, 1000)}", err=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onnx_clp.defaults import DEFAULT_U
-from onnx_clp.errors import UsageError
+from onnx_clp.errors import OnnxClpError, UsageError
 
 
 def share(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -46,6 +47,13 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def protect(output: Path | None, models: Iterable[Path]) -> None:
+    """Raise UsageError where the report would overwrite one of ``models``."""
+    for model in models:
+        if output is not None and output.exists() and model.exists() and output.samefile(model):
+            raise UsageError(f"the report would overwrite the model {model}", "name another file with -o")
+
+
 def deliver(report: str, output: Path | None, *, quiet: bool) -> None:
     """Put the report where it was asked for. Raises UsageError where ``output`` cannot be written."""
     if output is not None:
@@ -57,6 +65,16 @@ def deliver(report: str, output: Path | None, *, quiet: bool) -> None:
         # A terminal that cannot show a character of a name gets a question mark, not a traceback.
         encoding = sys.stdout.encoding or "utf-8"
         click.echo(report.encode(encoding, "replace").decode(encoding), nl=False)
+
+
+def complain(error: Exception, *, debug: bool) -> None:
+    """Say on stderr, in one line, what went wrong and what to do next; with ``debug`` the traceback before it."""
+    from onnx_clp.report.words import printable
+
+    if debug:
+        traceback.print_exception(error)
+    text = str(error) if isinstance(error, OnnxClpError) else f"{type(error).__name__}: {error}"
+    click.echo(f"onnx-clp: {printable(text, 2000)}", err=True)
 
 
 def terminal_style(output: Path | None) -> Callable[[str, str], str]:

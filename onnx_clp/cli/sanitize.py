@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import common, deliver, share, terminal_style
+from onnx_clp.cli.options import common, deliver, protect, share, terminal_style
 
 
 def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -33,9 +33,9 @@ def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     metavar="SHARE",
     help="Leave a layer of which more than SHARE would be silenced, and say so.",
 )
-@click.option("--dry-run", is_flag=True, help="Write nothing, say what would change.")
+@click.option("--dry-run", is_flag=True, help="Write nothing, say what would change; OUT may be left out.")
 @click.option("--force", is_flag=True, help="Overwrite OUT and its data files.")
-@click.option("--in-place", is_flag=True, help="Allow OUT to be IN; OUT may then be left out.")
+@click.option("--in-place", is_flag=True, help="Allow OUT to be IN; OUT may be left out.")
 @click.option("--no-metadata", is_flag=True, help="Leave out the note in metadata_props.")
 @click.option("--input-shape", "shapes", callback=input_shapes, multiple=True, metavar="NAME=SHAPE",
               help="Shape of an input for the run in onnxruntime where the model leaves it open.")  # fmt: skip
@@ -63,10 +63,11 @@ def command(  # one parameter an option
     new scan, by onnx.checker, and by onnxruntime where it is installed.
     """
     from onnx_clp.report import json, text  # as late as onnx and NumPy
-    from onnx_clp.sanitize import sanitize
+    from onnx_clp.sanitizer import sanitize
 
     if destination is None and not (in_place or dry_run):
         raise click.UsageError("Missing argument 'OUT' (or --in-place).")
+    protect(output, [source, source if destination is None else destination])
     report = sanitize(
         source,
         source if destination is None else destination,

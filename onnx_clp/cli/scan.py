@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import common, deliver, share, terminal_style
+from onnx_clp.cli.options import common, complain, deliver, protect, share, terminal_style
 from onnx_clp.defaults import check_u
 from onnx_clp.errors import ModelFileError, OnnxClpError
 
 if TYPE_CHECKING:
+    from onnx_clp.analysis import ScanReport
     from onnx_clp.report.outcome import Outcome
-    from onnx_clp.scan import ScanReport
 
 
 def gate(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
@@ -37,8 +37,8 @@ def gate(context: click.Context, parameter: click.Parameter, value: str) -> floa
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path))
 @common
 @click.option("--fail-on", "limit", callback=gate, default="never", show_default=True, metavar="GATE",
-              help="Exit with 1 at this many findings (flagged, NaN or Inf channels): a number, or a share of the "
-              "judged channels such as 0.5%. An outlier is evidence and not a verdict.")  # fmt: skip
+              help="Exit with 1 where a file has this many findings (flagged, NaN or Inf channels): a number, or a "
+              "share of its judged channels such as 0.5%. An outlier is evidence and not a verdict.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with 3 where anything was skipped or could not be judged.")
 def command(  # one parameter an option
     paths: tuple[Path, ...],
@@ -61,7 +61,12 @@ def command(  # one parameter an option
     from onnx_clp.report import json, text  # as late as onnx and NumPy
 
     check_u(u)
-    outcomes = list(_scan_all(list(_files(paths)), u, count_dead=count_dead, quiet=quiet, debug=debug))
+    files = list(_files(paths))
+    protect(output, [entry for entry in files if isinstance(entry, Path)])
+    outcomes = list(_scan_all(files, u, count_dead=count_dead, quiet=quiet))
+    for outcome in outcomes:
+        if outcome.error is not None:
+            complain(outcome.error, debug=debug)
     report = json.render(outcomes) if form == "json" else text.render(outcomes, terminal_style(output), verbose=verbose)
     deliver(report, output, quiet=quiet)
     return exit_code(outcomes, limit, strict=strict)
@@ -84,12 +89,10 @@ def _files(paths: Sequence[Path]) -> Iterator[Path | Outcome]:
             yield Outcome(os.fspath(path), error=error)
 
 
-def _scan_all(
-    files: list[Path | Outcome], u: float, *, count_dead: bool, quiet: bool, debug: bool
-) -> Iterable[Outcome]:
+def _scan_all(files: list[Path | Outcome], u: float, *, count_dead: bool, quiet: bool) -> Iterable[Outcome]:
     """Scan one file after the other; one that cannot be read does not stop the others."""
+    from onnx_clp.analysis import scan
     from onnx_clp.report.outcome import Outcome
-    from onnx_clp.scan import scan
 
     hidden = quiet or len(files) == 1 or not sys.stderr.isatty()
     with click.progressbar(files, label="scanning", file=sys.stderr, hidden=hidden) as progress:
@@ -100,8 +103,6 @@ def _scan_all(
             try:
                 yield Outcome(os.fspath(entry), report=scan(entry, u, count_dead=count_dead))
             except OnnxClpError as error:
-                if debug:
-                    raise
                 yield Outcome(os.fspath(entry), error=error)
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 from onnx_clp._version import __version__
 
 if TYPE_CHECKING:
+    from onnx_clp.analysis import Layer, ScanReport
     from onnx_clp.report.outcome import Outcome
-    from onnx_clp.sanitize import SanitizeReport
-    from onnx_clp.scan import Layer, ScanReport
+    from onnx_clp.sanitizer import SanitizeReport
 
 FORMAT_VERSION: Final = 1
 """Goes up when a field changes its meaning or goes away; a new field does not count."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from onnx_clp.analysis import ScanReport
     from onnx_clp.errors import OnnxClpError
-    from onnx_clp.scan import ScanReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 from onnx_clp.report.words import count, listed, number, printable, shortened
 
 if TYPE_CHECKING:
+    from onnx_clp.analysis import Layer, ScanReport
     from onnx_clp.report.outcome import Outcome
-    from onnx_clp.sanitize import SanitizeReport
-    from onnx_clp.scan import Layer, ScanReport
+    from onnx_clp.sanitizer import SanitizeReport
 
 Style = Callable[[str, str], str]
 """Text and one of the styles ``head``, ``bad``, ``warn``, ``good``, ``dim`` → text, coloured where the terminal is."""
@@ -32,20 +32,16 @@ def plain(text: str, _: str) -> str:
 
 
 def render(outcomes: Iterable[Outcome], style: Style = plain, *, verbose: bool = False) -> str:
-    """The reports of a scan, one after the other."""
-    return "\n".join("\n".join(_outcome(outcome, style, verbose)) + "\n" for outcome in outcomes)
+    """The reports of a scan, one after the other. Files without a report are the command's to name, on stderr."""
+    return "\n".join(
+        "\n".join([style(printable(report.path, 1000), "head"), *scan_lines(report, style, verbose=verbose)]) + "\n"
+        for report in (outcome.report for outcome in outcomes)
+        if report is not None
+    )
 
 
-def _outcome(outcome: Outcome, style: Style, verbose: bool) -> Iterator[str]:  # noqa: FBT001  # one reader, here
-    yield style(printable(outcome.path, 1000), "head")
-    if outcome.report is None:
-        yield f"  {style('error', 'bad')}     {printable(str(outcome.error), 1000)}"
-        return
-    yield from scan_lines(outcome.report, style, verbose=verbose)
-
-
-def scan_lines(report: ScanReport, style: Style, *, verbose: bool, table: bool = True) -> Iterator[str]:
-    """The lines of one scan, without the path; with ``table`` its layers too."""
+def scan_lines(report: ScanReport, style: Style, *, verbose: bool) -> Iterator[str]:
+    """The lines of one scan, without the path."""
     yield f"  coverage  {_coverage(report, style)}"
     for reason, parts in groupby(sorted(report.skipped, key=lambda part: part.reason), key=lambda part: part.reason):
         skipped = list(parts)
@@ -60,7 +56,8 @@ def scan_lines(report: ScanReport, style: Style, *, verbose: bool, table: bool =
         layers = [layer for layer in report.layers if layer.status == status]
         if layers:
             names = listed((printable(layer.name, 40) for layer in layers), len(layers) if verbose else NAMES_SHOWN)
-            yield f"            {style(f'{words}:', 'warn')} {count(len(layers), 'layer')} ({names})"
+            mark = "good" if layers[0].judged else "warn"
+            yield f"            {style(f'{words}:', mark)} {count(len(layers), 'layer')} ({names})"
     yield f"  outliers  {_outliers(report, style)}"
     if report.non_finite_channels:
         hit = [layer for layer in report.layers if layer.non_finite]
@@ -77,7 +74,7 @@ def scan_lines(report: ScanReport, style: Style, *, verbose: bool, table: bool =
         weights = count(len(overridable), "weight")
         yield f"  inputs    {weights} can be overridden by a caller, judged by default: {shown}"
     shown_layers = [layer for layer in report.layers if verbose or layer.flagged or layer.non_finite]
-    if table and shown_layers:
+    if shown_layers:
         yield ""
         yield from _table(shown_layers, style, verbose=verbose)
 
@@ -127,7 +124,7 @@ def _flagged(layer: Layer, style: Style, *, verbose: bool) -> list[str]:
     if len(shown) < len(layer.flagged):
         lines.append(style(f"      and {len(layer.flagged) - len(shown)} more (-v shows them)", "dim"))
     if layer.non_finite:
-        lines.append(style(f"NaN or Inf in channel {listed(map(str, layer.non_finite), CHANNELS_SHOWN)}", "bad"))
+        lines.append(style(f"  NaN or Inf in channel {listed(map(str, layer.non_finite), CHANNELS_SHOWN)}", "bad"))
     return lines
 
 
@@ -137,19 +134,16 @@ def _unflagged(layer: Layer) -> str:
 
 def render_sanitize(report: SanitizeReport, style: Style = plain, *, verbose: bool = False) -> str:
     """The report of a rewrite."""
-    return "\n".join(_sanitize(report, style, verbose)) + "\n"
+    return "\n".join(_sanitize(report, style, verbose=verbose)) + "\n"
 
 
-def _sanitize(report: SanitizeReport, style: Style, verbose: bool) -> Iterator[str]:  # noqa: FBT001  # one reader, here
-    source, destination = printable(report.source, 1000), printable(report.destination, 1000)
-    yield style(f"{source} → {destination}", "head") + ("" if report.written else style("  (dry run)", "warn"))
-    yield from scan_lines(report.before, style, verbose=verbose, table=verbose)
-    verb = "silenced" if report.written else "would silence"
-    layers = count(len(report.silenced), "layer")
-    yield f"  {style(verb, 'head'):<10}  {count(report.silenced_channels, 'channel')} in {layers}"
-    for part in report.silenced:
-        channels = listed(map(str, part.channels), len(part.channels) if verbose else CHANNELS_SHOWN)
-        yield f"              {shortened(part.layer, NAME_WIDTH)}: {channels}"
+def _sanitize(report: SanitizeReport, style: Style, *, verbose: bool) -> Iterator[str]:
+    title = printable(report.source, 1000)
+    title += f" → {printable(report.destination, 1000)}" if report.written else ", nothing written"
+    yield style(title, "head")
+    yield from scan_lines(report.before, style, verbose=verbose)
+    yield ""
+    yield f"  silenced  {_silenced(report, style)}"
     for left in report.left:
         channels = listed(map(str, left.channels), CHANNELS_SHOWN)
         name, reason = shortened(left.layer, NAME_WIDTH), printable(left.reason, 300)
@@ -158,8 +152,16 @@ def _sanitize(report: SanitizeReport, style: Style, verbose: bool) -> Iterator[s
         names = listed((printable(name, 40) for name in report.unshared), NAMES_SHOWN)
         yield f"  unshared  {count(len(report.unshared), 'tensor')} that fed something else too: {names}"
     for check in report.checks:
-        mark = style("passed", "good") if check.passed else style("not made", "warn")
+        mark = style("passed  ", "good") if check.passed else style("not made", "warn")
         yield f"  {mark}  {check.name}: {printable(check.detail, 300)}"
     if report.written:
-        names = listed((printable(name) for name in report.files), NAMES_SHOWN)
-        yield f"  written   {names}"
+        yield f"  written   {listed((printable(name) for name in report.files), NAMES_SHOWN)}"
+
+
+def _silenced(report: SanitizeReport, style: Style) -> str:
+    if not report.silenced:
+        return style("nothing" + (", the copy computes what the input does" if report.written else ""), "warn")
+    channels = count(report.silenced_channels, "channel")
+    layers = count(len(report.silenced), "layer")
+    text = f"{channels} in {layers}" if report.written else f"would be {channels} in {layers}"
+    return style(text, "good")

@@ -16,7 +16,7 @@ from onnx_clp.errors import UsageError
 from onnx_clp.model.source import ByteSource, sha256_meanwhile
 
 if TYPE_CHECKING:
-    from onnx_clp.scan import ScanReport
+    from onnx_clp.analysis import ScanReport
 
 
 @dataclass(frozen=True, slots=True)
