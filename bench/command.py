@@ -6,8 +6,8 @@ Needs torch and torchvision to make the two models (resnet50, 98 MB, and vgg11_b
 kept, random weights); they are kept in FOLDER where one is given. Both sides of a ratio are run in turn, each in a
 process of its own.
 
-The rewrite is measured without onnxruntime in sight, as a plain install has it: with it, sanitize also loads and runs the
-model, which takes as long and as much memory as onnxruntime does.
+The rewrite is measured without onnxruntime in sight, as a plain install has it: with it, sanitize also loads and runs
+the model, which takes as long and as much memory as onnxruntime does.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from pathlib import Path
 
 PYTHON = sys.executable
 COMMAND = [PYTHON, "-m", "onnx_clp"]
-WITHOUT_ONNXRUNTIME = [
-    PYTHON,
-    "-c",
-    "import sys; sys.modules['onnxruntime'] = None; "
-    "import onnx_clp.runtime; onnx_clp.runtime.available = lambda: False; "
-    "from onnx_clp.cli import main; main()",
-]
+HIDE_ONNXRUNTIME = (
+    "import onnx_clp.runtime; onnx_clp.runtime.available = lambda: False; from onnx_clp.cli import main; main()"
+)
+WITHOUT_ONNXRUNTIME = [PYTHON, "-c", HIDE_ONNXRUNTIME]
 MIB = 1024
 
 

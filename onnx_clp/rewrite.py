@@ -10,13 +10,14 @@ from pathlib import Path
 from onnx_clp._version import __version__
 from onnx_clp.analysis import Analysis, analyse
 from onnx_clp.errors import UsageError
-from onnx_clp.model.file import open_source
+from onnx_clp.model.file import ModelFile, open_source
 from onnx_clp.model.patch import Plan, plan
 from onnx_clp.model.save import (
     add_at_end,
     check_bytes,
     data_names,
     forget_metadata,
+    is_in_place,
     location_edits,
     metadata_entries,
     move_into_place,
@@ -34,7 +35,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
     with open_source(source) as file:
         names = data_names(file, destination)
         if not options.dry_run:
-            _check_destination(source.path, destination, names, force=options.force, in_place=options.in_place)
+            _check_destination(file, destination, names, force=options.force, in_place=options.in_place)
         analysis = analyse(file, options.u, count_dead=options.count_dead, name=src)
         wanted, left = _choose(analysis, options.max_share)
         changes, done, refused = _plan(analysis, wanted)
@@ -78,22 +79,25 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
 
 
 def _check_destination(
-    source: Path, destination: Path, names: Mapping[str, str], *, force: bool, in_place: bool
+    file: ModelFile, destination: Path, names: Mapping[str, str], *, force: bool, in_place: bool
 ) -> None:
     """Raise UsageError where ``destination`` cannot be written, or would overwrite what nobody asked to."""
     if destination.is_dir():
         raise UsageError(f"{destination} is a folder", "name the file to write")
     if not destination.parent.is_dir():
         raise UsageError(f"the folder {destination.parent} does not exist", "make it first")
-    same = destination.exists() and destination.samefile(source)
+    same = destination.exists() and destination.samefile(file.path)
     if same and not in_place:
         raise UsageError(f"{destination} is the input itself", "name another file, or say --in-place")
-    if same:
+    if is_in_place(file, destination):
         return
     targets = [destination, *(destination.parent / name for name in names.values())]
-    existing = [target for target in targets if target.exists() or target.is_symlink()]
-    if existing and not force:
-        raise UsageError(f"{existing[0]} exists", "name another file, or say --force")
+    inputs = [file.path, *(file.data_file(location).source.path for location in names)]
+    for target in targets:
+        if target.exists() and any(target.samefile(given) for given in inputs):
+            raise UsageError(f"{target} belongs to the input", "write to another folder or under another name")
+        if (target.exists() or target.is_symlink()) and not force:
+            raise UsageError(f"{target} exists", "name another file, or say --force")
 
 
 def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Left]]:

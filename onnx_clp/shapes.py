@@ -7,6 +7,7 @@ the operators, in one pass in topological order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from onnx_clp.model.constants import Constants
@@ -15,12 +16,14 @@ from onnx_clp.operators import linear
 
 _RANK_KEEPING: Final = frozenset(
     """Identity Cast Dropout Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg Exp Log Sqrt Erf Softmax LogSoftmax
-    LeakyRelu Elu Celu HardSigmoid Selu HardSwish Gelu Mish Swish ThresholdedRelu QuantizeLinear DequantizeLinear
+    LeakyRelu Elu Celu HardSigmoid Selu HardSwish Gelu Mish Swish ThresholdedRelu
+    QuantizeLinear DequantizeLinear DynamicQuantizeLinear
     MaxPool AveragePool GlobalAveragePool GlobalMaxPool Resize Upsample Pad Split Slice Concat
     BatchNormalization InstanceNormalization LayerNormalization GroupNormalization LpNormalization LRN
     Conv ConvTranspose ConvInteger QLinearConv DeformConv FusedConv""".split()  # noqa: SIM905  # read as a list
 )
 _ELEMENTWISE: Final = frozenset({"Add", "Sub", "Mul", "Div", "Sum", "Pow", "Min", "Max", "Mean", "PRelu", "Where"})
+_FIXED_RANKS: Final = MappingProxyType({"Gemm": 2, "Flatten": 2, "Shape": 1, "Range": 1, "Size": 0})
 _GLOBAL_POOLS: Final = frozenset({"GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"})
 _REDUCTIONS: Final = frozenset({"ReduceMean", "ReduceMax", "ReduceSum"})
 _SPREADING: Final = frozenset({"Resize", "Upsample", "Expand", "Tile", "Pad", "ConvTranspose", "Shape"})
@@ -88,6 +91,8 @@ def shapes(graph: Graph, constants: Constants) -> Shapes:
         for value in outputs:
             if rank is not None:
                 result.ranks.setdefault(value, rank)
+        if node.op_type == "DynamicQuantizeLinear":
+            result.ranks.update(dict.fromkeys(outputs[1:], 0))  # its scale and zero point are scalars
         if _is_pooled(result, node):
             result.pooled.update(outputs)
     return result
@@ -104,8 +109,8 @@ def _rank(known: Shapes, node: Node) -> int | None:
     if node.op_type in _ELEMENTWISE or node.op_type == "MatMul":
         numbers = [rank for rank in ranks if rank is not None]
         return max(numbers) if numbers and len(numbers) == len(ranks) else None
-    if node.op_type in {"Gemm", "Flatten"}:
-        return 2
+    if node.op_type in _FIXED_RANKS:
+        return _FIXED_RANKS[node.op_type]
     if node.op_type == "Transpose":
         permutation = node.integers("perm")
         return first if permutation is None else len(permutation)

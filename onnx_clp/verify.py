@@ -83,12 +83,15 @@ def _format_error(file: ModelFile) -> str:
     model.CopyFrom(file.proto)
     for tensor in _tensors(model):
         # The weights stay on disk: an element of eight bytes, the size of the ticket, stands in for each tensor.
-        if tensor.raw_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        payload = file.payload(tensor)
+        if payload is not None or tensor.data_location == onnx.TensorProto.EXTERNAL:
             for field in ("dims", "external_data", "data_location"):
                 tensor.ClearField(field)
             tensor.data_type = onnx.TensorProto.INT64
             tensor.raw_data = bytes(8)
-    for sparse in model.graph.sparse_initializer:
+        if payload is not None and payload.raw is not None and payload.typed:
+            tensor.int64_data.append(0)  # two spellings at once, which the checker refuses
+    for sparse in _sparse_tensors(model):
         for part in (sparse.values, sparse.indices):
             part.CopyFrom(complete(file, part))
     try:
@@ -98,21 +101,37 @@ def _format_error(file: ModelFile) -> str:
     return ""
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every dense tensor of ``model``, its subgraphs and functions."""
+def _graphs_and_attributes(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.AttributeProto]:
+    """Every graph of ``model`` and every attribute of its nodes, subgraphs and functions included."""
     graphs = [model.graph]
     nodes = [node for function in model.functions for node in function.node]
     while graphs or nodes:
         if graphs:
             graph = graphs.pop()
-            yield from graph.initializer
+            yield graph
             nodes += graph.node
             continue
         for attribute in nodes.pop().attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
+            yield attribute
             graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every dense tensor of ``model``."""
+    for part in _graphs_and_attributes(model):
+        if isinstance(part, onnx.GraphProto):
+            yield from part.initializer
+        else:
+            yield from (*([part.t] if part.HasField("t") else []), *part.tensors)
+
+
+def _sparse_tensors(model: onnx.ModelProto) -> Iterator[onnx.SparseTensorProto]:
+    """Every sparse tensor of ``model``."""
+    for part in _graphs_and_attributes(model):
+        if isinstance(part, onnx.GraphProto):
+            yield from part.sparse_initializer
+        else:
+            yield from (*([part.sparse_tensor] if part.HasField("sparse_tensor") else []), *part.sparse_tensors)
 
 
 def _check_runtime(

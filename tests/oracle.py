@@ -137,7 +137,9 @@ class Model:
     def _call(
         self, function: onnx.FunctionProto, name: str, actual: Mapping[str, Value], call: NodeProto
     ) -> tuple[Value, ...]:
-        scope = {formal: actual[call.input[i]] if i < len(call.input) else None for i, formal in enumerate(function.input)}
+        scope = {
+            formal: actual[call.input[i]] if i < len(call.input) else None for i, formal in enumerate(function.input)
+        }
         attributes = {attribute.name: attribute for attribute in (*function.attribute_proto, *call.attribute)}
         inside = self._nodes(function.node, f"{name}/", scope, _opset(function.opset_import), attributes)
         return tuple(inside[output] for output in function.output)
@@ -186,8 +188,9 @@ def _resolved(node: NodeProto, attributes: Mapping[str, AttributeProto]) -> Node
 
 
 def _has_data(tensor: TensorProto) -> bool:
-    return 0 in tensor.dims or len(tensor.ListFields()) > len(TensorProto(
-        dims=tensor.dims, data_type=tensor.data_type, name=tensor.name).ListFields())
+    return 0 in tensor.dims or len(tensor.ListFields()) > len(
+        TensorProto(dims=tensor.dims, data_type=tensor.data_type, name=tensor.name).ListFields()
+    )
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> Array:
@@ -212,7 +215,8 @@ def _evaluate(value: Made, arrays: Sequence[Array]) -> Array:
     # The reference has DequantizeLinear from version 19 on, which computes what version 10 does.
     opset = max(value.opset, 19) if node.op_type in _ROUNDING else value.opset
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    return np.asarray(ReferenceEvaluator(model).run([node.output[0]], dict(zip(names, arrays, strict=True)))[0])
+    outputs: Any = ReferenceEvaluator(model).run([node.output[0]], dict(zip(names, arrays, strict=True)))
+    return np.asarray(outputs[0])
 
 
 # ---- what silences a channel
@@ -313,12 +317,12 @@ def channels_of(model: Model, site: str) -> int:
     node = next(read.node for (path, _), read in model.reads.items() if path == site)
     if node.op_type == "Mul":
         constant = next(a for i in (0, 1) if (a := model.array(model.reads[site, i].value)) is not None)
-        return max(constant.shape)
+        return int(max(constant.shape))
     weight = model.array(model.reads[site, 3 if node.op_type == "QLinearConv" else 1].value)
     assert weight is not None
     if node.op_type == "ConvTranspose":
         groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-        return int(weight.shape[1] * groups)
+        return int(weight.shape[1]) * int(groups)
     return int(weight.shape[0])
 
 
@@ -424,7 +428,10 @@ def _tensors_of(attribute: AttributeProto) -> Iterator[TensorProto]:
 
 def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
     """Every dense tensor of a model."""
-    for graph in [model.graph, *(g for nodes in _node_lists(model) for n in nodes for a in n.attribute for g in _graphs_of(a))]:
+    for graph in [
+        model.graph,
+        *(g for nodes in _node_lists(model) for n in nodes for a in n.attribute for g in _graphs_of(a)),
+    ]:
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)

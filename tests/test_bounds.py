@@ -113,13 +113,17 @@ def test_singular_values_that_are_close(gap: float, equal: int) -> None:
     np.testing.assert_allclose(spectral_norms(kernel), 1, rtol=RTOL)
 
 
-@pytest.mark.parametrize("equal", [1, 2, 5, 9])
-@pytest.mark.parametrize("gap", [0, 1e-6, 1e-4, 1e-2, 0.5])
-def test_singular_values_that_are_close_in_float32(gap: float, equal: int) -> None:
-    singular = np.full(9, 1 - gap)
-    singular[:equal] = 1
-    kernel = (rotation(600, 1)[:, :9] * singular @ rotation(9, 2))[None].astype(np.float32)
-    np.testing.assert_allclose(spectral_norms(kernel), naive(kernel), rtol=RTOL_SINGLE)
+@pytest.mark.parametrize("columns", [2, 9, 16, 17])
+@pytest.mark.parametrize("gap", [0, *np.geomspace(1e-7, 0.1, 25)])
+def test_singular_values_that_are_close_in_float32(gap: float, columns: int) -> None:
+    """Gaps that float32 tells apart are told apart, those near its resolution included."""
+    singular = np.full(columns, 1 - gap)
+    singular[0] = 1
+    kernel = np.zeros((2, 60, columns), np.float32)
+    kernel[0, :columns] = np.diag(singular)
+    kernel[1] = rotation(60, 1)[:, :columns] * singular @ rotation(columns, 2)
+    # The tolerance, and a few units of the last place.
+    np.testing.assert_allclose(spectral_norms(kernel), naive(kernel), rtol=1.5e-6)
 
 
 @pytest.mark.parametrize("value", [1, 1.1, 0.3, 1 / 3, np.pi])
@@ -246,6 +250,12 @@ def test_ends_of_the_formats(dtype: DTypeLike, value: float, shape: tuple[int, i
     # Among denormals the spacing of float64 is 5e-324.
     np.testing.assert_allclose(constant, abs(size) * np.sqrt(shape[0] * shape[1]), rtol=rtol(dtype), atol=5e-324)
     np.testing.assert_allclose(single, abs(size), rtol=4e-16 if dtype == np.float64 else 2e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_one_number_is_its_own_norm(dtype: DTypeLike) -> None:
+    kernel = randn(1000, 1, 1).astype(dtype)
+    np.testing.assert_array_equal(spectral_norms(kernel), abs(kernel[:, 0, 0].astype(np.float64)))
 
 
 def test_norm_beyond_float64_is_inf() -> None:

@@ -11,7 +11,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from onnx_clp.judge import DEFAULT_U, ROUNDING, Judgement, Status, judge, largest_possible_z
+from onnx_clp.defaults import DEFAULT_U
+from onnx_clp.judge import ROUNDING, Judgement, Status, judge, largest_possible_z
 from tests import naive
 
 Bounds = NDArray[np.float64]
@@ -57,7 +58,9 @@ def spread_of(counted: list[float]) -> tuple[Fraction, Fraction]:
 @example(np.array([1.0] * 11 + [1e300]), 3.0, False)  # noqa: FBT003
 @example(np.array([5e-324] * 20 + [5e-323]), 3.0, False)  # noqa: FBT003
 def test_a_channel_is_flagged_where_exact_arithmetic_puts_it_above_the_threshold(
-    bounds: Bounds, u: float, count_dead: bool  # noqa: FBT001  # drawn
+    bounds: Bounds,
+    u: float,
+    count_dead: bool,  # noqa: FBT001  # drawn
 ) -> None:
     found = judge(bounds, u, count_dead=count_dead)
     counted = [float(bound) for bound in bounds if math.isfinite(bound) and (count_dead or bound > 0)]

@@ -165,8 +165,8 @@ def test_a_kernel_computed_from_constants_is_right_or_skipped(tmp_path: Path) ->
             assert "kernel_conv" in {part.name for part in report.skipped}, case.name
             continue
         bounds = np.array(layers[0].bounds)
-        # They are float32 numbers in both; a bound is certified to 1e-9 of itself.
-        if bounds.shape != numbers.shape or not np.allclose(bounds, np.abs(numbers), rtol=1e-8, atol=0, equal_nan=True):
+        # The accuracy of a bound, see onnx_clp/bounds.py; the numbers are the same.
+        if bounds.shape != numbers.shape or not np.allclose(bounds, np.abs(numbers), rtol=1e-5, atol=0, equal_nan=True):
             wrong.append(case.name)
         judged[model.graph.node[0].op_type] += 1
     assert wrong == []
@@ -199,3 +199,22 @@ def test_sanitized_files_load_and_differ_only_where_planned(tmp_path: Path) -> N
         assert loads(out) or not loads(path), path
         silenced += report.silenced_channels
     assert silenced
+
+
+def test_a_difference_beside_the_plan_is_seen(tmp_path: Path) -> None:
+    """A proof that the test above can fail: one more number of a BN differs, of a channel that was not silenced."""
+    (source,) = (path for path in FILES if path.name == "light_resnet50.onnx")
+    out = tmp_path / source.name
+    report = onnx_clp.sanitize(source, out, U, max_share=1.0)
+    assert_differs_as_planned(source, out, report)
+    part = report.silenced[0]
+    loud = next(k for k in range(64) if k not in part.channels)
+    model = onnx.load(out)
+    node = next(node for node in model.graph.node if part.layer in {node.name, node.output[0]})
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    gamma = numpy_helper.to_array(tensor).copy()
+    gamma[loud] *= 2
+    tensor.CopyFrom(numpy_helper.from_array(gamma, tensor.name))
+    onnx.save(model, out)
+    with pytest.raises(AssertionError, match="not silenced differs"):
+        assert_differs_as_planned(source, out, report)

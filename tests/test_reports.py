@@ -9,7 +9,6 @@ import copy
 import functools
 import json
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -145,19 +144,28 @@ def comparable(value: float) -> float | str:
 
 def test_numbers_that_json_cannot_hold_are_words(tmp_path: Path) -> None:
     shown = {
-        name: as_json.scan_object(scanned(name, tmp_path))["layers"][0] for name in ("nan_weight", "inf_weight", "all_dead")
+        name: as_json.scan_object(scanned(name, tmp_path))["layers"][0]
+        for name in ("nan_weight", "inf_weight", "all_dead")
     }
     assert shown["nan_weight"]["bounds"][9] == "NaN"
     assert shown["inf_weight"]["bounds"][9] == "Infinity"
     assert (shown["all_dead"]["mean"], shown["all_dead"]["threshold"]) == ("NaN", "NaN")
 
 
-SANITIZED = ["folded", "shared_gamma", "external_one_file", "nan_weight", "few_channels", "doubled_metadata", "odd_names"]
+SANITIZED = [
+    "folded",
+    "shared_gamma",
+    "external_one_file",
+    "nan_weight",
+    "few_channels",
+    "doubled_metadata",
+    "odd_names",
+]
 
 
 @pytest.mark.parametrize("name", SANITIZED)
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_the_json_of_a_rewrite_fits_its_schema(name: str, dry_run: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_the_json_of_a_rewrite_fits_its_schema(name: str, tmp_path: Path, *, dry_run: bool) -> None:
     report = onnx_clp.sanitize(save(build(name), tmp_path), tmp_path / "out.onnx", dry_run=dry_run)
     document = strict(as_json.render_sanitize(report))
     validator("sanitize").validate(document)
@@ -178,7 +186,9 @@ def test_the_json_of_a_rewrite_that_leaves_something_fits_its_schema(tmp_path: P
 
 
 def test_the_json_of_a_failure_fits_its_schema() -> None:
-    outcomes = [Outcome("a\x1b.onnx", error=kind("what", "advice")) for kind in (onnx_clp.ModelFileError, onnx_clp.UsageError)]
+    outcomes = [
+        Outcome("a\x1b.onnx", error=kind("what", "advice")) for kind in (onnx_clp.ModelFileError, onnx_clp.UsageError)
+    ]
     document = strict(as_json.render(outcomes))
     validator("scan").validate(document)
     assert document["files"][0] == {
@@ -362,6 +372,6 @@ def test_styles_are_applied_and_change_nothing_else(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.makedirs(GOLDEN, exist_ok=True)
+    GOLDEN.mkdir(exist_ok=True)
     for file, content in made().items():
         (GOLDEN / file).write_text(content, encoding="utf-8")

@@ -22,8 +22,6 @@ from onnx_clp import SanitizeReport, rewrite, runtime, sanitize, scan
 from onnx_clp.errors import ModelFileError, UsageError, VerificationError
 from onnx_clp.model import save as save_module
 from onnx_clp.model.save import Rewrite
-from onnx_clp.sanitizer import SanitizeReport, sanitize
-from onnx_clp.analysis import scan
 from tests import naive, oracle
 from tests.built import build, save
 from tests.cases.net import Net
@@ -145,7 +143,7 @@ def kernel_of_two(*, transposed: bool) -> Net:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_kernel_shared_by_nodes_that_disagree_is_unshared(transposed: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_a_kernel_shared_by_nodes_that_disagree_is_unshared(tmp_path: Path, *, transposed: bool) -> None:
     source, target = stored(kernel_of_two(transposed=transposed), tmp_path), tmp_path / "out.onnx"
     report = sanitize(source, target)
     assert silenced(report) == ({"conv": (5,), "up": (9,)} if transposed else {"conv": (5,)})
@@ -247,15 +245,22 @@ def test_a_new_constant_takes_no_name_that_is_there(tmp_path: Path) -> None:
 
 # ---- external data
 
-EXTERNAL = ["external_one_file", "external_many_files", "external_folder", "external_offsets", "external_without_offset"]
+EXTERNAL = [
+    "external_one_file",
+    "external_many_files",
+    "external_folder",
+    "external_offsets",
+    "external_without_offset",
+]
 
 
 @pytest.mark.parametrize("case", EXTERNAL)
 def test_external_data_is_copied_under_names_that_fit_the_new_model(case: str, tmp_path: Path) -> None:
-    source = saved(case, tmp_path / "in" if (tmp_path / "in").mkdir() is None else tmp_path)
-    before = contents(tmp_path)
-    out = tmp_path / "out"
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
     out.mkdir()
+    source = saved(case, folder)
+    before = contents(tmp_path)
     report = sanitize(source, out / "new.onnx")
 
     assert {name: data for name, data in contents(tmp_path).items() if name.startswith("in/")} == before
@@ -308,7 +313,7 @@ def test_data_of_another_model_is_not_overwritten_without_force(tmp_path: Path) 
     source = saved("external_one_file", tmp_path)
     (tmp_path / "new.onnx.data").write_bytes(b"somebody's")
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match="new.onnx.data exists"):
+    with pytest.raises(UsageError, match=r"new\.onnx\.data exists"):
         sanitize(source, tmp_path / "new.onnx")
     assert contents(tmp_path) == before
     report = sanitize(source, tmp_path / "new.onnx", force=True)
@@ -322,7 +327,9 @@ def test_force_does_not_overwrite_the_data_of_the_input(tmp_path: Path) -> None:
     for proto in model.graph.initializer:
         for entry in proto.external_data:
             if entry.key == "location":
-                (tmp_path / "weights" / f"m.{Path(entry.value).name}").write_bytes((tmp_path / entry.value).read_bytes())
+                (tmp_path / "weights" / f"m.{Path(entry.value).name}").write_bytes(
+                    (tmp_path / entry.value).read_bytes()
+                )
                 entry.value = f"weights/m.{Path(entry.value).name}"
     source.write_bytes(model.SerializeToString())
     before = contents(tmp_path)
@@ -335,7 +342,7 @@ def test_missing_external_data_is_an_error_and_nothing_is_written(tmp_path: Path
     source = saved("external_one_file", tmp_path)
     (tmp_path / "model.onnx.data").unlink()
     before = contents(tmp_path)
-    with pytest.raises(ModelFileError, match="model.onnx.data"):
+    with pytest.raises(ModelFileError, match=r"model\.onnx\.data"):
         sanitize(source, tmp_path / "new.onnx")
     assert contents(tmp_path) == before
 
@@ -385,7 +392,7 @@ def _hard_link(source: Path) -> Path:
 @pytest.mark.parametrize("other", [_same, _spelled_otherwise, _symlink, _hard_link])
 @pytest.mark.parametrize("force", [False, True])
 def test_the_input_is_not_overwritten_without_in_place(
-    other: Callable[[Path], Path], force: bool, tmp_path: Path  # noqa: FBT001
+    other: Callable[[Path], Path], tmp_path: Path, *, force: bool
 ) -> None:
     source = saved("folded", tmp_path)
     target = other(source)
@@ -474,10 +481,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch, check: str, change: Callable[[Path], 
     """Let `change` happen to a written file right before a check looks at it: the model is the last of them."""
     original = getattr(rewrite, check)
 
-    def spoiled(*arguments: Any) -> Any:
+    def spoiled(*arguments: object) -> object:
         (written,) = (argument for argument in arguments if isinstance(argument, Rewrite))
         change(written.files[which][2])
-        return original(*arguments)
+        result: object = original(*arguments)
+        return result
 
     monkeypatch.setattr(rewrite, check, spoiled)
 
@@ -560,7 +568,7 @@ def test_a_channel_that_is_not_silent_is_an_error(tmp_path: Path, monkeypatch: p
 def test_onnxruntime_sees_a_channel_that_is_not_silent(tmp_path: Path) -> None:
     source = saved("folded", tmp_path)
     observed = [runtime.Observed("conv.out", 1, (5,), 0.0)]
-    with pytest.raises(VerificationError, match="channel 5 of 'conv.out'"):
+    with pytest.raises(VerificationError, match=r"channel 5 of 'conv\.out'"):
         runtime.check_silence(source, observed, {}, tmp_path)
     sanitize(source, tmp_path / "out.onnx")
     assert runtime.check_silence(tmp_path / "out.onnx", observed, {}, tmp_path) == 1
@@ -722,14 +730,10 @@ def test_a_shape_for_an_input_that_is_not_there_is_refused(tmp_path: Path) -> No
 
 def test_a_shape_that_does_not_fit_is_said(tmp_path: Path) -> None:
     source = stored(with_input(1, 3, 8, 8), tmp_path)
-    before = contents(tmp_path)
-    try:
-        report = sanitize(source, tmp_path / "out.onnx", input_shapes={"x": (1, 4, 8, 8)})
-    except UsageError as error:
-        assert "x" in str(error)
-        assert contents(tmp_path) == before
-    else:
-        assert checked(report)["onnxruntime-run"] is None
+    report = sanitize(source, tmp_path / "out.onnx", input_shapes={"x": (1, 4, 8, 8)})
+    (check,) = (check for check in report.checks if check.name == "onnxruntime-run")
+    assert check.passed is None
+    assert "x" in check.detail
 
 
 # ---- what a second look says

@@ -1,4 +1,4 @@
-"""The walk over the wire format against protobuf's own parser, on built models and on messages as odd as protobuf allows.
+"""The walk over the wire format against protobuf's own parser: built models, and messages as odd as they may be.
 
 https://protobuf.dev/programming-guides/encoding: a repeated singular scalar counts by its last value, a repeated
 singular message is merged, a field of an unknown number or of the wrong wire type is kept aside, groups are skipped.
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -24,9 +24,10 @@ from onnx_clp import ModelFileError, scan
 from onnx_clp.model.edits import Edit, Message, Span, encode_varint, length_delimited, pieces, with_lengths
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
-from onnx_clp.analysis import scan
 from tests.built import NAMES, build
 from tests.cases.net import Net
+
+AnyProto = TypeVar("AnyProto", bound=Proto)
 
 laws = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 
@@ -47,7 +48,7 @@ def walked(content: bytes) -> tuple[onnx.ModelProto, Layout]:
     return onnx.ModelProto.FromString(skeleton), layout
 
 
-def messages(message: Any, kind: type[Proto]) -> Iterator[Any]:
+def messages(message: Proto, kind: type[AnyProto]) -> Iterator[AnyProto]:
     """Every message of a kind within a message, in the order of the fields: found by protobuf's own description."""
     if isinstance(message, kind):
         yield message
@@ -158,7 +159,9 @@ unknown = st.one_of(
     st.builds(varint, st.sampled_from([60, 1000]), small),
     st.builds(length_delimited, st.sampled_from([60, 1000]), blobs),
     st.builds(fixed, st.sampled_from([60, 1000]), bits32 | bits64),
-    st.builds(group, st.sampled_from([60, 1000]), st.builds(varint, st.just(3), small) | st.builds(fixed, st.just(9), bits32)),
+    st.builds(
+        group, st.sampled_from([60, 1000]), st.builds(varint, st.just(3), small) | st.builds(fixed, st.just(9), bits32)
+    ),
     st.builds(group, st.just(61), st.builds(group, st.just(62), st.builds(length_delimited, st.just(9), blobs))),
 )
 
@@ -221,7 +224,9 @@ def nodes(depth: int) -> st.SearchStrategy[bytes]:
     return fields(text(1), text(2), text(3), text(4), text(6), nested(5, attribute), text(7), wrong(5, 6))
 
 
-functions = fields(text(1), text(4), nested(7, nodes(0)), nested(11, fields(text(1), nested(5, tensor))), wrong(7), most=4)
+functions = fields(
+    text(1), text(4), nested(7, nodes(0)), nested(11, fields(text(1), nested(5, tensor))), wrong(7), most=4
+)
 models = fields(
     nested(7, graphs(1)),
     nested(25, functions),
@@ -256,7 +261,9 @@ FLOATS, SINGLE = length_delimited(4, b"abcdefgh"), fixed(4, b"ijkl")
         pytest.param(in_attribute(length_delimited(5, RAW) + length_delimited(5, OTHER)), id="a tensor twice"),
         pytest.param(in_attribute(length_delimited(5, RAW) + length_delimited(5, FLOATS)), id="merged, raw and typed"),
         pytest.param(in_attribute(length_delimited(5, FLOATS) + length_delimited(5, FLOATS)), id="merged, typed twice"),
-        pytest.param(in_attribute(length_delimited(5, RAW) + length_delimited(5, b"\x08\x02")), id="merged, no payload"),
+        pytest.param(
+            in_attribute(length_delimited(5, RAW) + length_delimited(5, b"\x08\x02")), id="merged, no payload"
+        ),
         pytest.param(in_attribute(length_delimited(5, RAW + OTHER)), id="raw data twice in one tensor"),
         pytest.param(in_attribute(length_delimited(5, FLOATS + SINGLE + FLOATS)), id="packed and unpacked"),
         pytest.param(in_attribute(length_delimited(5, group(60, RAW) + RAW)), id="payload in a group"),
@@ -276,7 +283,11 @@ def test_what_is_repeated_merged_or_unknown_is_read_as_protobuf_reads_it(content
     ids=["both raw", "one raw", "both typed", "raw and typed"],
 )
 def test_a_sparse_tensor_twice_in_one_attribute_is_merged(first: bytes, second: bytes) -> None:
-    check(in_attribute(length_delimited(22, length_delimited(1, first)) + length_delimited(22, length_delimited(1, second))))
+    check(
+        in_attribute(
+            length_delimited(22, length_delimited(1, first)) + length_delimited(22, length_delimited(1, second))
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -336,10 +347,12 @@ def read_or_refused(path: Path, content: bytes) -> bool:
     try:
         scan(path)
     except ModelFileError as error:
-        assert str(path) in error.message
-        assert "\n" not in error.message
-        return False
-    return True
+        message = error.message
+    else:
+        return True
+    assert str(path) in message
+    assert "\n" not in message
+    return False
 
 
 def test_a_file_cut_anywhere_is_refused_or_read(tmp_path: Path) -> None:
@@ -390,7 +403,9 @@ def locate(tree: Tree, start: int = 0, path: tuple[int, ...] = (), around: tuple
     for index, part in enumerate(tree.parts):
         body = part.render() if isinstance(part, Tree) else part
         length = encode_varint(len(body))
-        message = Message(Span(start + 1, start + 1 + len(length)), Span(start + 1 + len(length), start + 1 + len(length) + len(body)))
+        message = Message(
+            Span(start + 1, start + 1 + len(length)), Span(start + 1 + len(length), start + 1 + len(length) + len(body))
+        )
         yield Field(Span(start, message.body.end), (*path, index), around)
         if isinstance(part, Tree):
             yield from locate(part, message.body.start, (*path, index), (*around, message))
@@ -436,7 +451,9 @@ def test_edits_make_what_the_same_change_of_the_message_makes(tree: Tree, data: 
     fields_of = list(locate(tree))
     chosen = data.draw(st.lists(st.sampled_from(fields_of), max_size=4, unique_by=lambda field: field.path))
     # Edits do not overlap: none lies within another.
-    chosen = [field for field in chosen if not any(field.path[: len(o.path)] == o.path for o in chosen if o is not field)]
+    chosen = [
+        field for field in chosen if not any(field.path[: len(o.path)] == o.path for o in chosen if o is not field)
+    ]
     edits, expected = [], tree
     for field in sorted(chosen, key=lambda field: field.path, reverse=True):  # from the end: paths before it hold
         action = data.draw(st.sampled_from(["replace", "delete", "insert"]))
@@ -454,7 +471,7 @@ def test_a_length_that_takes_another_byte_makes_those_around_it_grow(limit: int,
     tree = Tree((bytes(limit + step - 10), b"end"))
     for _ in range(depth):
         tree = Tree((tree, b"x"))
-    inner = [field for field in locate(tree) if len(field.path) == depth + 1][0]
+    inner = next(field for field in locate(tree) if len(field.path) == depth + 1)
     for size in range(limit + step - 16, limit + step + 4):
         edit = Edit(inner.span, length_delimited(2, bytes(size)), inner.enclosing)
         assert applied(tree.render(), [edit]) == changed(tree, inner.path, "replace", bytes(size)).render()

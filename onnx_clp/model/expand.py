@@ -239,8 +239,12 @@ def _entries(
 def _text(name: str | bytes) -> str:
     """``name`` as protobuf gives it: as bytes where it is not UTF-8, which is refused here."""
     if isinstance(name, bytes):
-        raise ModelFileError(f"a name in the model is not UTF-8: {name[:100]!r}", "the file is corrupt")
+        raise _NotTextError(name[:100])
     return name
+
+
+class _NotTextError(Exception):
+    """A name that is not UTF-8."""
 
 
 def _domain(domain: str) -> str:
@@ -275,6 +279,13 @@ def build_graph(file: ModelFile) -> Graph:
 
     Raises ModelFileError where functions call each other without end or the graph has more than NODE_LIMIT nodes.
     """
+    try:
+        return _build(file)
+    except _NotTextError as error:
+        raise ModelFileError(f"{file.path} has a name that is not UTF-8: {error.args[0]!r}", "it is corrupt") from error
+
+
+def _build(file: ModelFile) -> Graph:
     builder = _Builder(file)
     proto = file.proto.graph
     scope = _Scope("", {_domain(entry.domain): entry.version for entry in file.proto.opset_import})

@@ -70,7 +70,10 @@ def _flatten(node: Node, operands: Operands) -> Array:
 
 def _cast(node: Node, operands: Operands) -> Array:
     data = _first(operands)
-    return data.astype(helper.tensor_dtype_to_np_dtype(node.integer("to", 1)))
+    dtype = helper.tensor_dtype_to_np_dtype(node.integer("to", 1))
+    if dtype.name.startswith(("float8", "float4")):
+        raise PayloadError(f"is cast to {dtype}, whose rounding and saturation are not followed here")
+    return data.astype(dtype)
 
 
 def per_axis(parameter: Array, data: Array, axis: int, block: int) -> Array:
@@ -131,7 +134,17 @@ def _elementwise(operator: Callable[..., Array]) -> Callable[[Node, Operands], A
 
 
 def _divide(left: Array, right: Array) -> Array:
-    return left // right if left.dtype.kind in "iu" else left / right
+    """Integers are divided towards zero (Div, versions 7 to 14)."""
+    if left.dtype.kind not in "iu":
+        return np.asarray(left / right)
+    quotient = np.abs(left) // np.abs(right)
+    return np.asarray(np.where((left < 0) != (right < 0), -quotient, quotient)).astype(left.dtype)
+
+
+def _shape(node: Node, operands: Operands) -> Array:
+    """The shape, or from version 15 on the part of it from ``start`` to ``end``."""
+    shape = np.array(_first(operands).shape, np.int64)
+    return shape[node.integer("start", 0) : node.integer("end", len(shape))]
 
 
 def _grow(shape: Sequence[int]) -> tuple[int, ...]:
@@ -213,7 +226,7 @@ OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxy
         "QuantizeLinear": _quantize,
         "Reciprocal": _elementwise(np.reciprocal),
         "Reshape": _reshape,
-        "Shape": lambda _, operands: np.array(_first(operands).shape, np.int64),
+        "Shape": _shape,
         "Slice": _slice,
         "Sqrt": _elementwise(np.sqrt),
         "Squeeze": lambda node, operands: np.squeeze(_first(operands), _axes(node, operands)),

@@ -41,6 +41,11 @@ class Rewrite:
     files: tuple[tuple[ByteSource, tuple[Edit, ...], Path], ...]
 
 
+def is_in_place(file: ModelFile, destination: Path) -> bool:
+    """Whether ``destination`` is the very name of the model, whose data files then keep theirs."""
+    return destination.resolve() == file.path.resolve()
+
+
 def data_names(file: ModelFile, destination: Path) -> dict[str, str]:
     """A new name for each external data file the model refers to, made to fit ``destination``.
 
@@ -48,22 +53,25 @@ def data_names(file: ModelFile, destination: Path) -> dict[str, str]:
     stay.
     """
     locations = sorted(set(_locations(file)))
-    if destination.resolve() == file.path.resolve():
+    if is_in_place(file, destination):
         return {location: location for location in locations}
     names: dict[str, str] = {}
     for location in locations:
-        base = location.replace("\\", "/").rsplit("/", 1)[-1]
-        for old, new in ((file.path.name, destination.name), (file.path.stem, destination.stem)):
-            if base.startswith(old):
-                fitted = new + base[len(old) :]
-                break
-        else:
-            fitted = f"{destination.stem}.{base}"
+        fitted = _fitted(location.replace("\\", "/").rsplit("/", 1)[-1], file.path, destination)
         unique, number = fitted, 2
         while unique in names.values() or unique == destination.name:
             unique, number = f"{fitted}.{number}", number + 1
         names[location] = unique
     return names
+
+
+def _fitted(name: str, source: Path, destination: Path) -> str:
+    """``name``, which belongs to ``source``, for ``destination``."""
+    for old, new in ((source.name, destination.name), (source.stem, destination.stem)):
+        rest = name.removeprefix(old)
+        if rest != name and not rest[:1].isalnum():
+            return new + rest
+    return f"{destination.stem}.{name}"
 
 
 def _locations(file: ModelFile) -> Iterator[str]:

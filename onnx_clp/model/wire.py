@@ -63,7 +63,7 @@ _KINDS: Final = MappingProxyType(
                     22: "SparseTensorProto",
                     23: "SparseTensorProto",
                 },
-                singular=frozenset({5}),
+                singular=frozenset({5, 22}),
             ),
             _Kind("SparseTensorProto", {1: "TensorProto", 2: "TensorProto"}, singular=frozenset({1, 2})),
             _Kind("TensorProto", {}),
@@ -209,13 +209,16 @@ class _Walk:
                 raise self.corrupt(tag_start, "a group that does not end")
         return position
 
-    def message(self, kind: _Kind, body: Span, enclosing: tuple[Message, ...]) -> bytes:
-        """The skeleton of one message whose fields are of ``kind``."""
+    def message(
+        self, kind: _Kind, body: Span, enclosing: tuple[Message, ...], merged: dict[int, int] | None = None
+    ) -> bytes:
+        """The skeleton of one message of ``kind``; ``merged`` are the tickets of what it is merged with."""
         if len(enclosing) > DEPTH_LIMIT:
             raise self.corrupt(body.start, f"messages nested deeper than {DEPTH_LIMIT}")
         pieces: list[bytes] = []
         kept = body.start
-        merged: dict[int, int] = {}
+        merged = {} if merged is None else merged
+        sparse: dict[int, dict[int, int]] = {}
         for number, wire, tag_start, start, end in self.fields(body.start, body.end):
             child = kind.children.get(number)
             if child is None and not (number == MODEL_TRAINING and kind.name == "ModelProto"):
@@ -238,7 +241,8 @@ class _Walk:
             elif child == "NodeProto":
                 skeleton = self.node(number, Span(tag_start, end), inner, enclosing)
             else:
-                skeleton = self.message(_KINDS[child], inner.body, (*enclosing, inner))
+                joined = sparse.setdefault(number, {}) if number in kind.singular else None
+                skeleton = self.message(_KINDS[child], inner.body, (*enclosing, inner), joined)
             pieces += (encode_varint(number << 3 | LENGTH), encode_varint(len(skeleton)), skeleton)
         pieces.append(self.copy(kept, body.end))
         return b"".join(pieces)

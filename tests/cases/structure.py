@@ -103,7 +103,7 @@ def if_branches(*, shared: bool = False, relu: bool = True, head: bool = False) 
     else:
         names = {side: net.tensor(kernel, f"{side}_weight") for side, kernel in W.items()}
     branches = {f"{side}_branch": branch(net, f"{side}_", x, names[side], relu=relu) for side in W}
-    y = net.op("If", condition, name="if_0", **branches)
+    y = net.op("If", condition, name="if_0", then_branch=branches["then_branch"], else_branch=branches["else_branch"])
     if head:
         net.give(y)
         net.expect_skipped("head", *(f"if_0/{side}_branch/conv" for side in W))
@@ -146,7 +146,7 @@ def loop(*, nested: bool = False) -> Net:
     body.give(y, rank=0, dtype=np.bool_)
     if nested:
         sides = {side: branch(body, f"{side}_", x, weight) for side in ("then_branch", "else_branch")}
-        body.give(body.op("If", again, name="if_0", **sides))
+        body.give(body.op("If", again, name="if_0", then_branch=sides["then_branch"], else_branch=sides["else_branch"]))
         for side in sides:
             net.expect(f"loop_0/body/if_0/{side}/conv", naive.bounds(W))
     else:
