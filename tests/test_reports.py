@@ -315,8 +315,8 @@ def alike(found: Json, wanted: Json) -> None:
         for left, right in zip(found, wanted, strict=True):
             alike(left, right)
     elif isinstance(wanted, float):
-        # Bounds are good to 1e-9; std and z are differences of them.
-        assert found == pytest.approx(wanted, rel=1e-7)
+        # Bounds of float32 kernels are good to about 1e-6, see bounds.py; std and z are differences of them.
+        assert found == pytest.approx(wanted, rel=1e-5)
     else:
         assert found == wanted
 
