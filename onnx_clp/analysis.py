@@ -109,6 +109,7 @@ class ScanReport:
         layers: Every site, in topological order.
         skipped: Every convolution and BatchNormalization that is no site.
         version: Version of onnx-clp.
+        data_files: Real paths of the external data files that the model refers to.
     """
 
     path: str
@@ -117,6 +118,7 @@ class ScanReport:
     layers: tuple[Layer, ...]
     skipped: tuple[SkippedPart, ...]
     version: str = __version__
+    data_files: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -180,7 +182,9 @@ def analyse(file: ModelFile, u: float, *, count_dead: bool, name: str) -> Analys
     measured, unreadable = measure(found, traced, constants)
     layers = tuple(_layer(part, judge(part.bounds, u, count_dead=count_dead)) for part in measured)
     skipped = tuple(_skipped(part) for part in (*found.skipped, *unreadable))
-    return Analysis(file, graph, constants, measured, ScanReport(name, u, count_dead, layers, skipped))
+    return Analysis(
+        file, graph, constants, measured, ScanReport(name, u, count_dead, layers, skipped, data_files=_data_files(file))
+    )
 
 
 def scan(path: str | os.PathLike[str], u: float = DEFAULT_U, *, count_dead: bool = False) -> ScanReport:
@@ -201,6 +205,10 @@ def scan(path: str | os.PathLike[str], u: float = DEFAULT_U, *, count_dead: bool
     check_u(u)
     with open_model(Path(path)) as file:
         return analyse(file, u, count_dead=count_dead, name=os.fspath(path)).report
+
+
+def _data_files(file: ModelFile) -> tuple[str, ...]:
+    return tuple(os.path.realpath(file.path.parent / location) for location in file.locations() if "\0" not in location)
 
 
 def _layer(part: Measured, judgement: Judgement) -> Layer:

@@ -15,7 +15,7 @@ import numpy as np
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import PayloadError
-from onnx_clp.operators import linear
+from onnx_clp.operators import LEAST_KERNEL_RANK, linear
 
 _TRAINED: Final = frozenset({"LSTM", "GRU", "RNN", "BatchNormalization", "InstanceNormalization"})
 _ACTIVATIONS: Final = frozenset(
@@ -27,9 +27,13 @@ _POOLED_WAY: Final = frozenset(
     """GlobalAveragePool ReduceMean AveragePool Flatten Reshape Squeeze Unsqueeze Identity Cast Dropout
     Transpose""".split()  # noqa: SIM905
 )
+_REGION_POOLS: Final = frozenset({"RoiAlign", "MaxRoiPool"})
 _GATE_STEPS: Final = frozenset(
     "Sigmoid HardSigmoid Clip Add Mul Div Tanh Softplus Erf Relu Identity Cast".split()  # noqa: SIM905
 )
+LARGEST_ACTIVATION: Final = 20
+"""Largest limit of a clipped ReLU in use (6 in mobile networks, 20 in speech); above it Clip keeps pixels or boxes."""
+
 _GATE_LENGTH: Final = 6
 """Elementwise steps of an activation spelled out, such as x·(0.5·(1 + erf(x/√2)))."""
 
@@ -52,7 +56,7 @@ class Heads:
 
 
 class _Walk:
-    """Walks back from the outputs until nothing changes: once, where no loop carries a value back."""
+    """Walks back from the outputs until nothing changes, since a loop can carry a value back."""
 
     def __init__(self, graph: Graph, constants: Constants) -> None:
         self.graph = graph
@@ -74,7 +78,8 @@ class _Walk:
         read = {value for value in (*node.inputs, *node.carried) if value != MISSING}
         made = {value for value in node.outputs if value != MISSING}
         if made & self.trained_after or self.is_trained(node):
-            self.trained_after |= read
+            # Regions say where features are looked at; they are answers, not features.
+            self.trained_after |= read - set(node.inputs[1:]) if node.op_type in _REGION_POOLS else read
         if (node.op_type in _SCORES and made & self.answers) or (
             node.op_type in _POOLED_WAY and made & self.pooled_answers
         ):
@@ -100,6 +105,8 @@ class _Walk:
         The first ends the box branch of detectors (distribution focal loss), the second is a Resize written as a
         depthwise ConvTranspose.
         """
+        if len(shape) < LEAST_KERNEL_RANK:
+            return False
         if node.op_type == "Conv" and shape[0] == 1 and np.prod(shape[2:]) == 1:
             kernel = self.constants.small(weight)
             return kernel is not None and bool(np.array_equal(kernel.ravel(), np.arange(kernel.size)))
@@ -115,7 +122,7 @@ class _Walk:
         """Whether ``node`` is an activation as features have it: its output is no answer."""
         if node.op_type == "Clip":  # ReLU6, where it does not just keep an image in 0 to 1
             low, high = (self.limit(node, position, name) for position, name in ((1, "min"), (2, "max")))
-            return low == 0 and high is not None and high > 1
+            return low == 0 and high is not None and 1 < high <= LARGEST_ACTIVATION
         if node.op_type == "Mul" and len(node.inputs) == 2:  # a binary operator
             return self.gates_itself(*node.inputs) or self.gates_itself(*node.inputs[::-1])
         return node.op_type in _ACTIVATIONS

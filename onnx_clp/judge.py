@@ -78,8 +78,10 @@ def judge(bounds: npt.NDArray[np.float64], u: float = DEFAULT_U, *, count_dead: 
     non_finite = _indices(~finite)
     # Scaled by the largest: squares of bounds near the ends of float64 neither overflow nor vanish.
     scale = float(counted.max()) if counted.size and counted.max() > 0 else 1.0
-    mean = float(np.mean(counted / scale)) * scale if counted.size else math.nan
-    std = float(np.std(counted / scale, ddof=1)) * scale if counted.size > 1 else math.nan
+    with np.errstate(all="ignore"):  # some releases of NumPy warn of denormals
+        relative = counted / scale
+    mean = float(np.mean(relative)) * scale if counted.size else math.nan
+    std = float(np.std(relative, ddof=1)) * scale if counted.size > 1 else math.nan
 
     def result(status: Status, threshold: float = math.nan, flagged: tuple[int, ...] = ()) -> Judgement:
         return Judgement(status, mean, std, threshold, flagged, dead, non_finite)

@@ -20,6 +20,9 @@ from onnx_clp.model.tensors import Array, PayloadError
 
 MICROSOFT: Final = "com.microsoft"
 
+LEAST_KERNEL_RANK: Final = 3
+"""Output channels, input channels and one axis of positions."""
+
 
 class KernelLayout(Enum):
     """How a weight tensor holds its channels."""
@@ -87,7 +90,7 @@ def channel_count(node: Node, shape: tuple[int, ...]) -> int:
         if len(shape) != 2:
             raise PayloadError(f"weight of {len(shape)} dimensions where {node.op_type} is judged with 2", "shape")
         return shape[1] if kind is KernelLayout.MATRIX else shape[0]
-    if len(shape) < 3:
+    if len(shape) < LEAST_KERNEL_RANK:
         raise PayloadError(f"weight of shape {shape} where {node.op_type} needs 3 dimensions or more", "shape")
     channels = shape[0] if kind is KernelLayout.OUTPUT_FIRST else shape[1] * groups
     if groups < 1 or (shape[0] % groups):
@@ -117,7 +120,7 @@ def kernel(node: Node, constants: Constants) -> Array:
             weight = combine(weight.astype(np.float32), per_channel)
     kind = layout(node)
     if kind is KernelLayout.OUTPUT_FIRST:
-        return weight.reshape(weight.shape[0], weight.shape[1], -1)
+        return weight.reshape(weight.shape[0], weight.shape[1], math.prod(weight.shape[2:]))
     if kind is KernelLayout.INPUT_FIRST:
         groups = node.integer("group", 1)
         positions = math.prod(weight.shape[2:])

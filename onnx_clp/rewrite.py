@@ -33,6 +33,8 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
     """What ``sanitize`` does with the open ``source``, whose SHA-256 ``digest`` waits for."""
     destination = Path(dst)
     with open_source(source) as file:
+        if is_in_place(file, destination):
+            destination = destination.resolve()  # the file itself, where the name is a link to it
         names = data_names(file, destination)
         if not options.dry_run:
             _check_destination(file, destination, names, force=options.force, in_place=options.in_place)
@@ -92,7 +94,7 @@ def _check_destination(
     if is_in_place(file, destination):
         return
     targets = [destination, *(destination.parent / name for name in names.values())]
-    inputs = [file.path, *(file.data_file(location).source.path for location in names)]
+    inputs = [file.path, *(file.data_file(location).path for location in names)]
     for target in targets:
         if target.exists() and any(target.samefile(given) for given in inputs):
             raise UsageError(f"{target} belongs to the input", "write to another folder or under another name")

@@ -55,7 +55,7 @@ def load_error(path: Path) -> str:
     try:
         _session(path)
     except Exception as error:  # noqa: BLE001  # onnxruntime raises a dozen kinds, all of them its answer
-        return _first_line(error)
+        return first_line(error)
     return ""
 
 
@@ -88,14 +88,14 @@ def check_silence(
     try:
         session = _session(probe)
         feed = _random_inputs(session, input_shapes)
-        outputs = session.run([part.value for part in observed] or None, feed)
+        outputs = session.run([part.value for part in observed], feed)
     except (NotRun, UsageError):
         raise
     except Exception as error:
-        raise NotRun(f"onnxruntime does not run it on random input: {_first_line(error)}") from error
+        raise NotRun(f"onnxruntime does not run it on random input: {first_line(error)}") from error
     finally:
         probe.unlink()
-    for part, output in zip(observed, outputs, strict=False):
+    for part, output in zip(observed, outputs, strict=True):
         silent = np.take(output, part.channels, axis=part.axis)
         if np.isnan(silent.astype(np.float64)).any():
             raise NotRun(
@@ -132,19 +132,29 @@ def _random_inputs(  # the session is onnxruntime's, which has no types
         dtype = _DTYPES.get(given.type)
         if dtype is None:
             raise NotRun(f"input {name!r} has type {given.type}")
-        shape = shapes.get(name) or _fixed(name, given.shape)
+        shape = _shape(name, given.shape, shapes.get(name))
         numbers = np.asarray(generator.standard_normal(shape))
         feed[name] = np.asarray(numbers if np.dtype(dtype).kind == "f" else np.abs(numbers) > 1, dtype)
     return feed
 
 
-def _fixed(name: str, declared: Sequence[int | str | None]) -> tuple[int, ...]:
+def _shape(name: str, declared: Sequence[int | str | None], asked: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape to feed: the one asked for where it fits, else the declared one where it is fixed but for the batch."""
+    text = ",".join("?" if size is None else str(size) for size in declared)
+    if asked is not None:
+        fits = len(asked) == len(declared) and all(
+            not isinstance(size, int) or size == given for size, given in zip(declared, asked, strict=True)
+        )
+        if not fits:
+            raise UsageError(f"input {name!r} has the shape ({text}), not {','.join(map(str, asked))}")
+        return asked
     shape = [DEFAULT_BATCH if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(declared)]
     if not all(isinstance(size, int) for size in shape):
-        text = ",".join(str(size) if size is not None else "?" for size in declared)
-        raise NotRun(f"input {name!r} has a dynamic shape ({text}): give --input-shape {name}=1,3,224,224 or what fits")
+        example = ",".join(str(size) if isinstance(size, int) else "224" for size in shape)
+        raise NotRun(f"input {name!r} has a dynamic shape ({text}): give --input-shape {name}={example} or what fits")
     return tuple(int(size) for size in shape if size is not None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what ``error`` says, cut to what a person reads."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

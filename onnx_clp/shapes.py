@@ -65,7 +65,9 @@ class Shapes:
     def numbers(self, value: int) -> tuple[int, ...] | None:
         """The elements of a small constant of integers; None where ``value`` is none."""
         array = self.constants.small(value) if value != MISSING else None
-        return None if array is None else tuple(int(number) for number in array.ravel())
+        if array is None or array.dtype.kind not in "iu":
+            return None
+        return tuple(int(number) for number in array.ravel())
 
     def reshape_target(self, node: Node) -> tuple[int | None, ...] | None:
         """The target of a Reshape, None for an extent that is known only at run time."""

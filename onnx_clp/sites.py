@@ -122,17 +122,10 @@ class _Surveyor:
 
     def run(self) -> Survey:
         found: dict[int, Site | Skipped] = {}
-        for node in self.graph.nodes:
-            if _is_batch_normalization(node):
-                part = self.normalisation(node)
+        for node in reversed(self.graph.nodes):  # the last of several normalisations in a row is met first
+            part = self.normalised_at(node)
+            if part is not None:
                 found[node.index] = part
-                if isinstance(part, Skipped):
-                    self.block(node, part)
-        for node in self.graph.nodes:
-            if node.op_type == "Mul" and node.standard and node.index in self.graph.live:
-                site = self.spelled_out(node)
-                if site is not None:
-                    found[node.index] = site
         for node in self.graph.nodes:
             description = linear(node)
             judged = node.index in self.covered and not self.escapes(node)
@@ -150,6 +143,31 @@ class _Surveyor:
             tuple(part for part in parts if isinstance(part, Site)),
             (*(part for part in parts if isinstance(part, Skipped)), *cyclic),
         )
+
+    def normalised_at(self, node: Node) -> Site | Skipped | None:
+        """What ``node`` is as a normalisation; None where it is none, or where its channels are judged further on."""
+        if _is_batch_normalization(node):
+            part = self.normalisation(node)
+            if isinstance(part, Skipped):
+                self.block(node, part)
+            elif self.judged_further_on(node, part.output):
+                return None
+            else:
+                self.normalised.add(node.index)
+            return part
+        if node.op_type == "Mul" and node.standard and node.index in self.graph.live:
+            return self.spelled_out(node)
+        return None
+
+    def judged_further_on(self, node: Node, value: int) -> bool:
+        """Whether all that reads ``value`` is another normalisation that is judged, this factor included."""
+        tail = list(self.tail(node)) if value == node.outputs[0] else []
+        end = tail[-1][1] if tail else value
+        readers = [reader for reader in self.graph.consumers.get(end, ()) if reader.index in self.graph.live]
+        further = len(readers) == 1 and readers[0].index in self.normalised and end not in self.graph.outputs
+        if further:
+            self.normalised.add(node.index)
+        return further
 
     # -- 1: BatchNormalization, also spelled out ---------------------------------------------------------------------
 
@@ -198,12 +216,13 @@ class _Surveyor:
             return None
         tail = list(self.tail(node))
         end = tail[-1][1] if tail else node.outputs[0]
-        for reader in self.graph.consumers.get(end, ()):
-            if (_is_batch_normalization(reader) and end == reader.inputs[0]) or self.is_factor(reader, end):
-                return None  # judged there, this factor included
-        if self.heads.is_answer(end):
+        if self.judged_further_on(node, end) or self.heads.is_answer(end):
             return None
         biases = tuple(knob for knob, _ in tail if knob is not None)
+        part = self.trace.sources[flow.source]
+        if not biases and isinstance(part, Produced) and part.node.op_type in {"Gemm", "MatMul"}:
+            return None  # a layer scale, as networks without BatchNormalization have it
+        self.normalised.add(node.index)
         return self.site(node, flow, output.source, (Knob(node, position, axis), *biases), end)
 
     def is_factor(self, node: Node, value: int) -> bool:
@@ -223,7 +242,6 @@ class _Surveyor:
 
     def site(self, node: Node, flow: Flow, source: int, knobs: tuple[Knob, ...], output: int) -> Site:
         """A site that judges ``source``; the operators it comes from are covered."""
-        self.normalised.add(node.index)
         operators, joint = self.operators(flow.source)
         kinds = sorted({operator.op_type for operator in operators})
         origin = joint or "/".join(kinds)
@@ -316,8 +334,10 @@ class _Surveyor:
         knobs += [knob for knob, _ in tail if knob is not None]
         source = self.produced[node.index]
         flow = self.trace.flows.get(end)
-        if isinstance(flow, Flow) and node.op_type == "ConvInteger":
-            source = flow.source  # the kernel's scale comes after the operator
+        makers = [self.graph.producers[value] for _, value in tail]
+        divided = any(maker.op_type == "Div" and self.constant_axis(maker, 1) is not None for maker in makers)
+        if isinstance(flow, Flow) and (divided or node.op_type == "ConvInteger"):
+            source = flow.source  # with the factors per channel, and of the integer kernel, that come after it
         return Site(
             node,
             node.op_type,
@@ -327,7 +347,7 @@ class _Surveyor:
             tuple(knobs),
             end if _comes_to_rest(node) else MISSING,
             self.axis_of(end),
-            node.input(7) if node.op_type == "QLinearConv" else MISSING,
+            node.input(7) if node.op_type == "QLinearConv" and not tail else MISSING,
             self.overridable(tuple(knobs)),
         )
 
@@ -353,7 +373,7 @@ class _Surveyor:
                     break
                 steps.append((Knob(reader, position, axis), reader.outputs[0]))
                 kept = len(steps)
-            elif reader.op_type == "Mul" and node.op_type == "ConvInteger" and not kept:
+            elif self.is_plain_factor(reader, value):
                 steps.append((None, reader.outputs[0]))
                 kept = len(steps)
             elif reader.op_type in _TRANSPARENT and reader.inputs[0] == value:
@@ -362,6 +382,14 @@ class _Surveyor:
                 break
             value = reader.outputs[0]
         yield from steps[:kept]
+
+    def is_plain_factor(self, node: Node, value: int) -> bool:
+        """Whether ``node`` multiplies the channels of ``value`` by known factors and is no site of its own."""
+        if not isinstance(self.trace.flows.get(node.outputs[0]), Flow):
+            return False
+        return (node.op_type == "Mul" and not self.is_factor(node, value)) or (
+            node.op_type == "Div" and node.inputs[0] == value
+        )
 
     def overridable(self, knobs: tuple[Knob, ...]) -> tuple[str, ...]:
         """Names of graph inputs with a default among what the knobs' constants are made of."""
@@ -395,9 +423,9 @@ def _is_activated(node: Node) -> bool:
 
 
 def _comes_to_rest(node: Node) -> bool:
-    """Whether a channel with zero kernel and bias comes out as a constant; a FusedConv may add to it, or bend it."""
+    """Whether a channel with zero kernel and bias comes out as a known constant; a FusedConv may add to it."""
     return node.op_type != "FusedConv" or (
-        node.input(3) == MISSING and not node.text("activation", "").endswith("Sigmoid")
+        node.input(3) == MISSING and node.text("activation", "") in {"", "Relu", "LeakyRelu", "Tanh"}
     )
 
 

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from onnx_clp.flow import Flow, Indices, Joined, Lost, Picked, Produced, Scaled, Source, Summed, Trace
-from onnx_clp.model.constants import Constants
+from onnx_clp.model.constants import UNFIT, Constants
 from onnx_clp.model.fold import slices
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import PayloadError
@@ -90,7 +90,10 @@ class _Tracer:
 
     def run(self) -> Trace:
         for node in self.graph.nodes:
-            result = self.result(node)
+            try:
+                result = self.result(node)
+            except (*UNFIT, ZeroDivisionError):  # a node that does not fit its inputs loses their channels
+                result = None
             if result is None:
                 result = Lost(node.full_op_type)
             each = [result] * len(node.outputs) if isinstance(result, Flow | Lost) else result
@@ -166,7 +169,10 @@ class _Tracer:
             if isinstance(flow, Lost):
                 return flow
             flows.append(flow)
-        if not flows or any((flow.sizes, flow.axes) != (flows[0].sizes, flows[0].axes) for flow in flows):
+        ranks = {self.shapes.rank(value) for value in values} - {None}
+        if len(ranks) > 1 or any((flow.sizes, flow.axes) != (flows[0].sizes, flows[0].axes) for flow in flows):
+            return None
+        if not flows:
             return None
         for value in node.inputs:
             shape = self.constants.shape(value)
@@ -236,8 +242,8 @@ class _Tracer:
         return flow
 
     def batch_normalization(self, node: Node, flow: Flow) -> Result:
-        fits = self.constants.shape(node.input(1)) == (flow.channels,) and flow.axis in {1, -1}
-        if not fits or training_reason(node) is not None:
+        shapes = {self.constants.shape(node.input(position)) for position in range(1, 5)}
+        if shapes != {(flow.channels,)} or flow.axis not in {1, -1} or training_reason(node) is not None:
             return None
         return Flow(self.add(Scaled(flow.source, node)), flow.sizes, (1,))
 

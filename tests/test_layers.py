@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli.scan", "cli.sanitize"),
     ("cli.command",),
     ("cli",),
-    ("cli.__main__", "__main__"),
+    ("__main__",),
 )
 """Every module, the lowest first; one imports only those before its own line."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -16,7 +17,11 @@ def run(arguments: list[str]) -> int:
         from onnx_clp._version import __version__
 
         # What pipelines ask first and often: answered before anything else is imported.
-        sys.stdout.write(f"onnx-clp {__version__}\n")
+        try:
+            print(f"onnx-clp {__version__}", flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 2
         return 0
     from onnx_clp.cli.command import invoke
 

@@ -6,6 +6,7 @@ The only place that prints, exits, and turns an OnnxClpError into a line and an 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any, Final
@@ -17,17 +18,14 @@ from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.options import complain
 from onnx_clp.errors import OnnxClpError, VerificationError
 
-_COMMANDS: Final = {
-    "sanitize": "Write a copy of a model with its flagged channels silenced.",
-    "scan": "Find outlier channels in ONNX models.",
-}
+_COMMANDS: Final = ("sanitize", "scan")
 
 
 class _LazyGroup(click.Group):
     """Imports a subcommand only when it runs: ``--version`` and completion must not wait for NumPy and onnx."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
-        return sorted(_COMMANDS)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
@@ -52,6 +50,8 @@ def cli() -> None:
 
 def invoke(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
+    # What is half written is removed on the way out, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         result: Any = cli.main(arguments, prog_name="onnx-clp", standalone_mode=False)
     except click.ClickException as error:
@@ -60,8 +60,11 @@ def invoke(arguments: list[str]) -> int:
     except click.Abort:
         click.echo("onnx-clp: interrupted", err=True)
         return Exit.INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the report has enough; what is still buffered must not raise again at exit.
+    except (BrokenPipeError, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not stop.code:
+            return Exit.FINE  # shell completion has answered
+        # click makes exit code 1 of a closed pipe, which means flagged here. Whoever read the report has enough; what
+        # is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.ERROR
     except OnnxClpError as error:

@@ -47,24 +47,26 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def protect(output: Path | None, models: Iterable[Path]) -> None:
-    """Raise UsageError where the report would overwrite one of ``models``."""
-    for model in models:
-        if output is not None and output.exists() and model.exists() and output.samefile(model):
-            raise UsageError(f"the report would overwrite the model {model}", "name another file with -o")
+def protect(output: Path | None, files: Iterable[str | Path]) -> None:
+    """Raise UsageError where the report would overwrite one of ``files``, there or not yet."""
+    for file in files:
+        if output is not None and os.path.realpath(output) == os.path.realpath(file):
+            raise UsageError(f"the report would overwrite {file}", "name another file with -o")
 
 
 def deliver(report: str, output: Path | None, *, quiet: bool) -> None:
-    """Put the report where it was asked for. Raises UsageError where ``output`` cannot be written."""
-    if output is not None:
-        try:
+    """Put the report where it was asked for. Raises UsageError where it cannot be written."""
+    try:
+        if output is not None:
             output.write_text(report, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot write {output}: {error.strerror}") from error
-    elif not quiet:
-        # A terminal that cannot show a character of a name gets a question mark, not a traceback.
-        encoding = sys.stdout.encoding or "utf-8"
-        click.echo(report.encode(encoding, "replace").decode(encoding), nl=False)
+        elif not quiet and sys.stdout is not None:
+            # A terminal that cannot show a character of a name gets a question mark, not a traceback.
+            encoding = sys.stdout.encoding or "utf-8"
+            click.echo(report.encode(encoding, "replace").decode(encoding), nl=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"cannot write the report to {output or 'stdout'}: {error.strerror}") from error
 
 
 def complain(error: Exception, *, debug: bool) -> None:
@@ -86,5 +88,5 @@ def terminal_style(output: Path | None) -> Callable[[str, str], str]:
         "good": {"fg": "green"},
         "dim": {"dim": True},
     }
-    coloured = output is None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    coloured = output is None and sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     return lambda text, name: click.style(text, **styles[name]) if coloured else text

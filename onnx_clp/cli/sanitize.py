@@ -80,6 +80,7 @@ def command(  # one parameter an option
         dry_run=dry_run,
         input_shapes=shapes,
     )
+    protect(output, (*report.before.data_files, *(Path(report.destination).parent / name for name in report.files)))
     rendered = (
         json.render_sanitize(report)
         if form == "json"

@@ -67,6 +67,8 @@ def command(  # one parameter an option
     for outcome in outcomes:
         if outcome.error is not None:
             complain(outcome.error, debug=debug)
+        elif outcome.report is not None:
+            protect(output, outcome.report.data_files)
     report = json.render(outcomes) if form == "json" else text.render(outcomes, terminal_style(output), verbose=verbose)
     deliver(report, output, quiet=quiet)
     return exit_code(outcomes, limit, strict=strict)
@@ -104,6 +106,11 @@ def _scan_all(files: list[Path | Outcome], u: float, *, count_dead: bool, quiet:
                 yield Outcome(os.fspath(entry), report=scan(entry, u, count_dead=count_dead))
             except OnnxClpError as error:
                 yield Outcome(os.fspath(entry), error=error)
+            except Exception as error:  # noqa: BLE001  # one file that trips the scanner must not hide the others
+                text = f"{entry} could not be scanned: {type(error).__name__}: {error}"
+                failure = OnnxClpError(text, "this is a fault of onnx-clp: please report it, with what --debug shows")
+                failure.__cause__ = error
+                yield Outcome(os.fspath(entry), error=failure)
 
 
 def exit_code(outcomes: Sequence[Outcome], limit: float | None, *, strict: bool) -> Exit:

@@ -7,6 +7,7 @@ elements are read and computed when asked for and not kept, since weights are la
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -37,10 +38,13 @@ class Derived:
         return math.prod(self.shape)
 
 
+RECENT_LIMIT: Final = 1024
+"""Small results that are kept, so that a chain of constants is not computed anew for each of its links."""
+
 Constant = Stored | Derived | Array
 
 
-_UNFIT: Final = (ValueError, IndexError, TypeError, KeyError, OverflowError)
+UNFIT: Final = (ValueError, IndexError, TypeError, KeyError, OverflowError)
 """What NumPy raises where operands do not fit an operator."""
 
 
@@ -52,6 +56,7 @@ class Constants:
         self._graph = graph
         self._known: dict[int, Constant] = {}
         self._refused: dict[int, PayloadError] = {}
+        self._recent: OrderedDict[Derived, Array] = OrderedDict()
         for value, proto in graph.initializers.items():
             self._store(value, proto)
         for node in graph.nodes:
@@ -97,6 +102,8 @@ class Constants:
         if not node.standard:
             detail = f"weight {name!r} is computed by the custom operator {node.domain}.{node.op_type}"
             return PayloadError(detail, "custom-operator")
+        if node.inputs and all(given == MISSING or given in self._known for given in node.inputs):
+            return PayloadError(f"weight {name!r} is made of constants by {node.op_type}, which is not followed here")
         return PayloadError(f"weight {name!r} is computed at run time by {node.op_type}", "dynamic-weight")
 
     def place(self, tensor: Stored) -> Place | None:
@@ -120,6 +127,8 @@ class Constants:
                 done[id(top)] = read(self._file, top)
             elif isinstance(top, np.ndarray):
                 done[id(top)] = top
+            elif top in self._recent:
+                done[id(top)] = self._recent[top]
             else:
                 missing = [operand for operand in top.operands if operand is not None and id(operand) not in done]
                 if missing:
@@ -131,10 +140,15 @@ class Constants:
 
     def _compute(self, derived: Derived, operands: list[Array | None]) -> Array:
         try:
-            return compute(derived.node, operands)
-        except _UNFIT as error:
+            array = compute(derived.node, operands)
+        except UNFIT as error:
             name = self._graph.name_of(derived.node.outputs[0])
             raise PayloadError(f"weight {name!r} cannot be computed: {derived.node.op_type}: {error}") from error
+        if array.size <= EAGER_LIMIT:
+            self._recent[derived] = array
+            if len(self._recent) > RECENT_LIMIT:
+                self._recent.popitem(last=False)
+        return array
 
     def _store(self, value: int, proto: onnx.TensorProto | onnx.SparseTensorProto) -> None:
         try:
@@ -164,7 +178,7 @@ class Constants:
                 fill = node.attributes.get("value")
                 operands.append(None if fill is None else stored(fill.t))
             self._derive(node, operands)
-        except (PayloadError, *_UNFIT) as error:
+        except (PayloadError, *UNFIT) as error:
             name = self._graph.name_of(node.outputs[0])
             self._refused[node.outputs[0]] = PayloadError(f"weight {name!r}: {node.op_type}: {error}")
 

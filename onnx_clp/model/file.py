@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Final, Self
 import onnx
 from google.protobuf.message import DecodeError
 
-from onnx_clp.errors import ModelFileError, OnnxClpError
+from onnx_clp.errors import ModelFileError
+from onnx_clp.model.edits import Message, Span
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
 
@@ -34,14 +37,6 @@ _FOREIGN: Final = (
 
 
 @dataclass(frozen=True)
-class DataFile:
-    """An external data file that was opened: its name in the model, and the open file."""
-
-    location: str
-    source: ByteSource
-
-
-@dataclass(frozen=True)
 class ModelFile:
     """An open ONNX file.
 
@@ -53,57 +48,71 @@ class ModelFile:
     source: ByteSource
     proto: onnx.ModelProto
     layout: Layout
-    allow_roots: tuple[Path, ...] = ()
-    _data: dict[str, DataFile | str] = field(default_factory=dict, repr=False)
+    _data: dict[str, ByteSource | ModelFileError] = field(default_factory=dict, repr=False)
 
     def payload(self, tensor: onnx.TensorProto) -> Payload | None:
         """Where the elements of ``tensor`` lie in the model file; None where the file holds none."""
         return self.layout.payloads[int.from_bytes(tensor.raw_data, "little")] if tensor.raw_data else None
 
-    def data_file(self, location: str) -> DataFile:
+    def location_entries(self) -> Iterator[tuple[Span, tuple[Message, ...], onnx.StringStringEntryProto]]:
+        """Every ``external_data`` entry with the key ``location``: its field, the messages around it, and itself."""
+        for payload in self.layout.payloads:
+            for span, enclosing in payload.external:
+                # Read as the only field of a TensorProto, which is what it is part of.
+                field_bytes = self.source.read(span.start, len(span))
+                entry: onnx.StringStringEntryProto = onnx.TensorProto.FromString(field_bytes).external_data[0]
+                if entry.key == "location":
+                    yield span, enclosing, entry
+
+    def locations(self) -> tuple[str, ...]:
+        """The names of all external data files, in one spelling each, sorted."""
+        return tuple(sorted({normalised(entry.value) for _, _, entry in self.location_entries()}))
+
+    def data_file(self, location: str) -> ByteSource:
         """The external data file that the model calls ``location``; raises ModelFileError where it is refused."""
-        known = self._data.get(location)
-        if known is None:
+        if location not in self._data:
             try:
-                known = DataFile(location, ByteSource(self._contained(location)))
-            except OnnxClpError as error:
-                known = error.message
-            self._data[location] = known
-        if isinstance(known, str):
-            raise ModelFileError(known)
+                self._data[location] = ByteSource(self._contained(location))
+            except ModelFileError as error:
+                self._data[location] = error
+        known = self._data[location]
+        if isinstance(known, ModelFileError):
+            raise known
         return known
 
-    def data_files(self) -> tuple[DataFile, ...]:
-        """The external data files opened so far, by location."""
-        opened = (known for known in self._data.values() if isinstance(known, DataFile))
-        return tuple(sorted(opened, key=lambda data: data.location))
-
     def _contained(self, location: str) -> Path:
-        """The real path of ``location``, which must lie under the folder of the model or another allowed root."""
+        """The real path of ``location``, which must lie under the folder of the model."""
         if not location or "\0" in location:
-            raise ModelFileError("external data without a usable file name")
+            raise ModelFileError(f"{self.path} has external data without a usable file name")
         folder = self.path.parent
         try:
             target = (folder / location).resolve()
         except (OSError, RuntimeError) as error:
-            raise ModelFileError(f"external data {location!r} cannot be resolved") from error
-        if not any(target.is_relative_to(root) for root in (*_roots(folder), *self.allow_roots)):
-            raise ModelFileError(f"external data {location!r} lies outside the folder of the model")
-        if not target.exists():
-            raise ModelFileError(f"external data file {location!r} is missing")
+            raise ModelFileError(f"{self.path}: external data file {location!r} cannot be resolved") from error
+        if not any(target.is_relative_to(root) for root in _roots(folder)):
+            advice = "put the data beside the model if you trust it"
+            raise ModelFileError(f"{self.path}: external data file {location!r} lies outside its folder", advice)
+        if not os.path.lexists(target):
+            raise ModelFileError(f"{self.path}: external data file {location!r} is missing", "copy it beside the model")
         return target
 
     def close(self) -> None:
         """Close the file and its data files."""
         self.source.close()
-        for data in self.data_files():
-            data.source.close()
+        for data in self._data.values():
+            if isinstance(data, ByteSource):
+                data.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def normalised(location: str | bytes) -> str:
+    """One spelling of a data file's name: ``w.bin`` and ``./w.bin`` are the same file."""
+    return posixpath.normpath(str(location)) if location else ""
 
 
 def _roots(folder: Path) -> Iterator[Path]:
@@ -116,29 +125,23 @@ def _roots(folder: Path) -> Iterator[Path]:
             return
 
 
-def open_model(path: Path, allow_roots: tuple[Path, ...] = ()) -> ModelFile:
+def open_model(path: Path) -> ModelFile:
     """Open the ONNX file at ``path``.
 
-    Args:
-        path: The file.
-        allow_roots: Folders, besides that of the model, that external data may be read from.
-
-    Raises:
-        ModelFileError: The file is missing, unreadable, empty, truncated, corrupt, or no ONNX model.
+    Raises ModelFileError where it is missing, unreadable, empty, truncated, corrupt, or no ONNX model.
     """
     source = ByteSource(path)
     try:
-        return open_source(source, allow_roots)
+        return open_source(source)
     except BaseException:
         source.close()
         raise
 
 
-def open_source(source: ByteSource, allow_roots: tuple[Path, ...] = ()) -> ModelFile:
+def open_source(source: ByteSource) -> ModelFile:
     """The ONNX model in the open ``source``, which closing the model closes; otherwise as ``open_model``."""
     skeleton, layout = _walk_model(source)
-    roots = tuple(root.resolve() for root in allow_roots)
-    return ModelFile(source.path, source, _parse(source.path, skeleton), layout, roots)
+    return ModelFile(source.path, source, _parse(source.path, skeleton), layout)
 
 
 def _walk_model(source: ByteSource) -> tuple[bytes, Layout]:

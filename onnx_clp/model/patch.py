@@ -112,7 +112,7 @@ class _Planner:
     graph: Graph
     names: set[str] = field(default_factory=set)
     unshared: list[str] = field(default_factory=list)
-    written: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    written: set[tuple[int, int]] = field(default_factory=set)
 
     def plan(self, wanted: Sequence[tuple[Sequence[Knob], Sequence[int]]]) -> Plan:
         self.names.update(self.graph.names)
@@ -255,7 +255,7 @@ class _Planner:
         content = silent.tobytes()
         if key in self.written:
             return
-        self.written[key] = content
+        self.written.add(key)
         original = self.graph.name_of(knob.value)
         name = next(free for free in _free_names(original) if free not in self.names)
         self.names.add(name)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from onnx import StringStringEntryProto, TensorProto
+from onnx import StringStringEntryProto
 
 from onnx_clp.errors import UsageError, VerificationError
-from onnx_clp.model.edits import Edit, Span, length_delimited, pieces, with_lengths
-from onnx_clp.model.file import ModelFile
+from onnx_clp.model.edits import Edit, length_delimited, pieces, with_lengths
+from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import EXTERNAL_DATA, MODEL_METADATA
 
@@ -52,7 +52,7 @@ def data_names(file: ModelFile, destination: Path) -> dict[str, str]:
     A name that begins like the model's own goes on as the new model's; any other is put behind it. In place, names
     stay.
     """
-    locations = sorted(set(_locations(file)))
+    locations = file.locations()
     if is_in_place(file, destination):
         return {location: location for location in locations}
     names: dict[str, str] = {}
@@ -74,29 +74,13 @@ def _fitted(name: str, source: Path, destination: Path) -> str:
     return f"{destination.stem}.{name}"
 
 
-def _locations(file: ModelFile) -> Iterator[str]:
-    for payload in file.layout.payloads:
-        for span, _ in payload.external:
-            entry = _entry(file, span)
-            if entry.key == "location":
-                yield str(entry.value)
-
-
-def _entry(file: ModelFile, span: Span) -> StringStringEntryProto:
-    """The ``external_data`` entry that lies at ``span`` of the model file."""
-    # Read as the only field of a TensorProto, which is what it is part of.
-    entry: StringStringEntryProto = TensorProto.FromString(file.source.read(span.start, len(span))).external_data[0]
-    return entry
-
-
 def location_edits(file: ModelFile, names: Mapping[str, str]) -> Iterator[Edit]:
     """Edits that make the model refer to the new names of its data files."""
-    for payload in file.layout.payloads:
-        for span, enclosing in payload.external:
-            entry = _entry(file, span)
-            if entry.key == "location" and names[str(entry.value)] != entry.value:
-                entry.value = names[str(entry.value)]
-                yield Edit(span, length_delimited(EXTERNAL_DATA, entry.SerializeToString()), enclosing)
+    for span, enclosing, entry in file.location_entries():
+        name = names[normalised(entry.value)]
+        if name != normalised(entry.value):
+            entry.value = name
+            yield Edit(span, length_delimited(EXTERNAL_DATA, entry.SerializeToString()), enclosing)
 
 
 def forget_metadata(file: ModelFile) -> Iterator[Edit]:
@@ -140,19 +124,26 @@ def rewritten(
     except OSError as error:
         raise UsageError(f"cannot write to {parent}: {error.strerror}") from error
     try:
-        files = [
-            (file.data_file(location).source, with_lengths(edits.get(location, ())), folder / name)
-            for location, name in names.items()
-        ]
-        files.append((file.source, with_lengths(edits.get("", ())), folder / destination.name))
+        yield _copies(file, edits, names, folder, destination)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copies(
+    file: ModelFile, edits: Mapping[str, Sequence[Edit]], names: Mapping[str, str], folder: Path, destination: Path
+) -> Rewrite:
+    files = [
+        (file.data_file(location), with_lengths(edits.get(location, ())), folder / name)
+        for location, name in names.items()
+    ]
+    files.append((file.source, with_lengths(edits.get("", ())), folder / destination.name))
+    try:
         for source, changes, path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, pieces(source, changes))
-        yield Rewrite(folder, folder / destination.name, tuple(files))
     except OSError as error:
         raise UsageError(f"cannot write {destination}: {error.strerror or error}", "nothing was left behind") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return Rewrite(folder, folder / destination.name, tuple(files))
 
 
 def _write(path: Path, content: Iterable[bytes]) -> None:

@@ -42,7 +42,6 @@ class ByteSource:
             raise ModelFileError(f"{path} is not a regular file")
         self.path = path
         self.size = status.st_size
-        self.identity = (status.st_dev, status.st_ino)
         self._modified = status.st_mtime_ns
 
     def read(self, start: int, length: int) -> bytes:

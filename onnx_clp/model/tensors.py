@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp.errors import ModelFileError, OnnxClpError
-from onnx_clp.model.file import ModelFile
+from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA
 
@@ -126,9 +126,9 @@ def read(file: ModelFile, tensor: Stored) -> Array:
     where = place(file, tensor)
     if where is not None and where.location:
         try:
-            source = file.data_file(where.location).source
+            source = file.data_file(where.location)
         except ModelFileError as error:
-            raise PayloadError(error.message) from error
+            raise PayloadError(str(error)) from error
         _, _, declared = _external(proto, where.length)
         if declared != where.length:
             raise PayloadError(
@@ -158,7 +158,7 @@ def _external(proto: onnx.TensorProto, length: int) -> tuple[str, int, int]:
         raise PayloadError(f"tensor {proto.name!r} has a negative offset or length")
     if not entries.get("location"):
         raise PayloadError(f"tensor {proto.name!r} has external data without a location")
-    return entries["location"], offset, declared
+    return normalised(entries["location"]), offset, declared
 
 
 def _read_place(source: ByteSource, where: Place, tensor: Stored) -> Array:

@@ -19,6 +19,9 @@ Style = Callable[[str, str], str]
 NAMES_SHOWN: Final = 3
 CHANNELS_SHOWN: Final = 5
 NAME_WIDTH: Final = 48
+_EXPLAINED: Final = frozenset({"unreadable", "no-data"})
+"""Reasons that lie in the file, where the first sentence helps most."""
+
 _STATUS_WORDS: Final = {
     "too-few-channels": "too few channels to judge",
     "zero-spread": "all bounds equal",
@@ -43,15 +46,7 @@ def render(outcomes: Iterable[Outcome], style: Style = plain, *, verbose: bool =
 def scan_lines(report: ScanReport, style: Style, *, verbose: bool) -> Iterator[str]:
     """The lines of one scan, without the path."""
     yield f"  coverage  {_coverage(report, style)}"
-    for reason, parts in groupby(sorted(report.skipped, key=lambda part: part.reason), key=lambda part: part.reason):
-        skipped = list(parts)
-        if verbose:
-            for part in skipped:
-                head = f"skipped {printable(part.name)} ({printable(part.operator)}, {reason})"
-                yield f"            {head}: {printable(part.detail, 300)}"
-        else:
-            names = listed((printable(part.name, 40) for part in skipped), NAMES_SHOWN)
-            yield f"            {style(f'skipped {len(skipped)}', 'warn')} as {reason}: {names}"
+    yield from _skipped(report, style, verbose=verbose)
     for status, words in _STATUS_WORDS.items():
         layers = [layer for layer in report.layers if layer.status == status]
         if layers:
@@ -77,6 +72,20 @@ def scan_lines(report: ScanReport, style: Style, *, verbose: bool) -> Iterator[s
     if shown_layers:
         yield ""
         yield from _table(shown_layers, style, verbose=verbose)
+
+
+def _skipped(report: ScanReport, style: Style, *, verbose: bool) -> Iterator[str]:
+    for reason, parts in groupby(sorted(report.skipped, key=lambda part: part.reason), key=lambda part: part.reason):
+        skipped = list(parts)
+        if verbose:
+            for part in skipped:
+                head = f"skipped {printable(part.name)} ({printable(part.operator)}, {reason})"
+                yield f"            {head}: {printable(part.detail, 300)}"
+        else:
+            names = listed((printable(part.name, 40) for part in skipped), NAMES_SHOWN)
+            yield f"            {style(f'skipped {len(skipped)}', 'warn')} as {reason}: {names}"
+            if reason in _EXPLAINED:
+                yield f"              {printable(skipped[0].detail, 300)}"
 
 
 def _coverage(report: ScanReport, style: Style) -> str:
