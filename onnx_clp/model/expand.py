@@ -9,7 +9,7 @@ subgraph becomes a *link*, a node without a prototype whose ``op_type`` is that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from types import MappingProxyType
 from typing import Final
@@ -19,7 +19,6 @@ import onnx
 from onnx_clp.errors import ModelFileError
 from onnx_clp.model.file import ModelFile
 from onnx_clp.model.graph import MISSING, Attributes, Graph, Node, Shape
-from onnx_clp.model.wire import NodeLayout
 
 NODE_LIMIT: Final = 1_000_000
 """Nodes after expansion of the functions; functions calling functions twice each would grow without end."""
@@ -48,28 +47,14 @@ class _Scope:
         return None
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A node whose place in the order is not known yet. ``carried`` are values it reads from the iteration before."""
-
-    op_type: str
-    domain: str
-    opset: int
-    name: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    attributes: Attributes
-    layout: NodeLayout | None
-    carried: tuple[int, ...] = ()
-
-
 class _Builder:
     """Collects drafts of nodes over all scopes."""
 
     def __init__(self, file: ModelFile) -> None:
         self.file = file
         self.names: list[str] = []
-        self.drafts: list[_Draft] = []
+        self.drafts: list[Node] = []
+        """Nodes whose place in the order is not known yet: their index is MISSING."""
         self.initializers: dict[int, onnx.TensorProto | onnx.SparseTensorProto] = {}
         self.shapes: dict[int, Shape] = {}
         self.functions = {
@@ -147,7 +132,8 @@ class _Builder:
             self.control_flow(proto.op_type, name, scope, inputs, outputs, attributes, subgraphs)
             return
         self.drafts.append(
-            _Draft(
+            Node(
+                MISSING,
                 proto.op_type,
                 domain,
                 scope.opsets.get(domain, 0),
@@ -160,7 +146,8 @@ class _Builder:
         )
 
     def link(self, op_type: str, name: str, source: Iterable[int], target: int, carried: tuple[int, ...] = ()) -> None:
-        self.drafts.append(_Draft(op_type, "", 0, name, tuple(source), (target,), MappingProxyType({}), None, carried))
+        inputs, nothing = tuple(source), MappingProxyType[str, onnx.AttributeProto]({})
+        self.drafts.append(Node(MISSING, op_type, "", 0, name, inputs, (target,), nothing, None, carried))
 
     def function(
         self,
@@ -313,7 +300,7 @@ def _build(file: ModelFile) -> Graph:
     )
 
 
-def _ordered(drafts: list[_Draft]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+def _ordered(drafts: list[Node]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
     """Nodes in topological order (as in the file where that is one), and the names of those on or after a cycle."""
     maker = {value: position for position, draft in enumerate(drafts) for value in draft.outputs if value != MISSING}
     waiting: list[int] = []
@@ -328,21 +315,7 @@ def _ordered(drafts: list[_Draft]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
     nodes: list[Node] = []
     while ready:
         position = heappop(ready)
-        draft = drafts[position]
-        nodes.append(
-            Node(
-                len(nodes),
-                draft.op_type,
-                draft.domain,
-                draft.opset,
-                draft.name,
-                draft.inputs,
-                draft.outputs,
-                draft.attributes,
-                draft.layout,
-                draft.carried,
-            )
-        )
+        nodes.append(replace(drafts[position], index=len(nodes)))
         for reader in readers.get(position, ()):
             waiting[reader] -= 1
             if waiting[reader] == 0:
