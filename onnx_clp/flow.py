@@ -4,7 +4,8 @@ The bound of a channel is that of the operators it is made of. A trace writes th
 *source* per step, each built of earlier ones, so that all are evaluated in one sweep:
 
 * ``Produced``: the channels of a linear operator, σ_max(A_k) each;
-* ``Scaled``: a source times |γ|/√(var + ε) of a BatchNormalization, or times a constant;
+* ``Normalised``: a source times |γ|/√(var + ε) of a BatchNormalization;
+* ``Scaled``: a source times a constant;
 * ``Summed``: √(a² + b²) of the channels of two sources (Add);
 * ``Joined``: the channels of sources one after the other (Concat);
 * ``Picked``: some channels of a source, in another order (Split, Slice, Gather, channel shuffle).
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnx_clp.model.graph import MISSING, Node
+from onnx_clp.model.graph import Node
 from onnx_clp.model.tensors import PayloadError
 
 Indices = npt.NDArray[np.int64]
@@ -33,16 +34,23 @@ class Produced:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Normalised:
+    """A source times |γ|/√(var + ε) of the BatchNormalization ``node``."""
+
+    source: int
+    node: Node
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Scaled:
-    """A source times per-channel factors: of the BatchNormalization ``node``, or the value ``constant``.
+    """A source times (or divided by) the value ``constant``.
 
     ``axis`` is that of the channels in the constant, counted from its end; 0 where it is one number for all.
     """
 
     source: int
-    node: Node
-    constant: int = MISSING
-    axis: int = 0
+    constant: int
+    axis: int
     divides: bool = False
 
 
@@ -68,7 +76,7 @@ class Picked:
     indices: Indices
 
 
-Source = Produced | Scaled | Summed | Joined | Picked
+Source = Produced | Normalised | Scaled | Summed | Joined | Picked
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.bounds import spectral_norms
-from onnx_clp.flow import Joined, Produced, Scaled, Source, Summed, Trace
+from onnx_clp.flow import Joined, Normalised, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import Node
 from onnx_clp.model.tensors import PayloadError
@@ -80,8 +80,10 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
     if isinstance(part, Produced):
         return spectral_norms(kernel(part.node, constants))
     with np.errstate(all="ignore"):  # Inf and NaN are findings, not warnings
+        if isinstance(part, Normalised):
+            return of(part.source) * normalisation_factors(part.node, constants)
         if isinstance(part, Scaled):
-            return of(part.source) * _factors(part, of(part.source).size, constants)
+            return of(part.source) * _factors(part, constants)
         if isinstance(part, Summed):
             return np.asarray(np.sqrt(np.sum([np.square(of(index)) for index in part.sources], axis=0)))
         if isinstance(part, Joined):
@@ -89,16 +91,13 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
         return of(part.source)[part.indices]
 
 
-def _factors(part: Scaled, channels: int, constants: Constants) -> Bounds:
-    """|γ|/√(var + ε) of a BatchNormalization, or the largest |constant| of each channel."""
-    node = part.node
-    if node.op_type == "BatchNormalization":
-        return normalisation_factors(node, constants)
+def _factors(part: Scaled, constants: Constants) -> Bounds:
+    """The largest |constant| of each channel, shape (channels,), or of all, shape ()."""
     factor = np.abs(constants.array(part.constant).astype(np.float64))
     if part.divides:
         factor = 1 / factor
     if part.axis == 0:
-        return np.full(channels, factor.reshape(()))
+        return factor.reshape(())
     channel_axis = factor.ndim + part.axis
     largest: Bounds = np.max(factor, axis=tuple(axis for axis in range(factor.ndim) if axis != channel_axis))
     return largest

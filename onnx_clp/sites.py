@@ -105,6 +105,10 @@ _TRANSPARENT: Final = frozenset(
 """Operators between a linear operator and its normalisation or its bias that change no number (rounding aside)."""
 
 
+NAMED_OPERATORS: Final = 64
+"""Linear operators that a site names; a BN behind a hundred concatenated layers names the nearest."""
+
+
 class _Surveyor:
     """The answers to the four questions for one graph."""
 
@@ -246,16 +250,15 @@ class _Surveyor:
         kinds = sorted({operator.op_type for operator in operators})
         origin = joint or "/".join(kinds)
         return Site(
-            node,
-            f"{origin}→{node.op_type}",
-            tuple(operator.name for operator in operators),
-            flow.channels,
-            source,
-            knobs,
-            output,
-            self.axis_of(output),
-            MISSING,
-            self.overridable((*knobs, *(Knob(node, position, -1) for position in _statistics(node)))),
+            node=node,
+            kind=f"{origin}→{node.op_type}",
+            operators=tuple(operator.name for operator in operators),
+            channels=flow.channels,
+            source=source,
+            knobs=knobs,
+            output=output,
+            axis=self.axis_of(output),
+            overridable=self.overridable((*knobs, *(Knob(node, position, -1) for position in _statistics(node)))),
         )
 
     def operators(self, source: int) -> tuple[list[Node], str]:
@@ -339,16 +342,16 @@ class _Surveyor:
         if isinstance(flow, Flow) and (divided or node.op_type == "ConvInteger"):
             source = flow.source  # with the factors per channel, and of the integer kernel, that come after it
         return Site(
-            node,
-            node.op_type,
-            (node.name,),
-            channel_count(node, self.constants.shape(node.inputs[description.weight]) or ()),
-            source,
-            tuple(knobs),
-            end if _comes_to_rest(node) else MISSING,
-            self.axis_of(end),
-            node.input(7) if node.op_type == "QLinearConv" and not tail else MISSING,
-            self.overridable(tuple(knobs)),
+            node=node,
+            kind=node.op_type,
+            operators=(node.name,),
+            channels=channel_count(node, self.constants.shape(node.inputs[description.weight]) or ()),
+            source=source,
+            knobs=tuple(knobs),
+            output=end if _comes_to_rest(node) else MISSING,
+            axis=self.axis_of(end),
+            rest=node.input(7) if node.op_type == "QLinearConv" and not tail else MISSING,
+            overridable=self.overridable(tuple(knobs)),
         )
 
     def axis_of(self, value: int) -> int:
@@ -407,10 +410,6 @@ class _Surveyor:
             if maker is not None:
                 pending += maker.inputs
         return tuple(names)
-
-
-NAMED_OPERATORS: Final = 64
-"""Linear operators that a site names; a BN behind a hundred concatenated layers names the nearest."""
 
 
 def _is_batch_normalization(node: Node) -> bool:

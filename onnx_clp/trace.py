@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from onnx_clp.flow import Flow, Indices, Joined, Lost, Picked, Produced, Scaled, Source, Summed, Trace
+from onnx_clp.flow import Flow, Indices, Joined, Lost, Normalised, Picked, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import UNFIT, Constants
 from onnx_clp.model.fold import slices
 from onnx_clp.model.graph import MISSING, Graph, Node
@@ -196,7 +196,7 @@ class _Tracer:
             axis = None if shape is None else channel_axis(node, flow, self.shapes.rank(value), shape)
             if constant is None or axis is None:
                 return None
-            scaled = Scaled(flow.source, node, constant, axis, divides=node.op_type == "Div")
+            scaled = Scaled(flow.source, constant, axis, divides=node.op_type == "Div")
             return replace(flow, source=self.add(scaled))
         return None
 
@@ -245,7 +245,7 @@ class _Tracer:
         shapes = {self.constants.shape(node.input(position)) for position in range(1, 5)}
         if shapes != {(flow.channels,)} or flow.axis not in {1, -1} or training_reason(node) is not None:
             return None
-        return Flow(self.add(Scaled(flow.source, node)), flow.sizes, (1,))
+        return Flow(self.add(Normalised(flow.source, node)), flow.sizes, (1,))
 
     def dropout(self, node: Node, flow: Flow) -> Result:
         """In inference it passes its input on; ``is_test`` says so up to version 6, ``training_mode`` from 12 on."""
