@@ -33,11 +33,14 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
     """What ``sanitize`` does with the open ``source``, whose SHA-256 ``digest`` waits for."""
     destination = Path(dst)
     with open_source(source) as file:
-        if is_in_place(file, destination):
-            destination = destination.resolve()  # the file itself, where the name is a link to it
-        names = data_names(file, destination)
-        if not options.dry_run:
-            _check_destination(file, destination, names, force=options.force, in_place=options.in_place)
+        try:
+            if is_in_place(file, destination):
+                destination = destination.resolve()  # the file itself, where the name is a link to it
+            names = data_names(file, destination)
+            if not options.dry_run:
+                _check_destination(file, destination, names, force=options.force, in_place=options.in_place)
+        except OSError as error:
+            raise UsageError(f"cannot write {dst}: {error.strerror}") from error
         analysis = analyse(file, options.u, count_dead=options.count_dead, name=src)
         wanted, left = _choose(analysis, options.max_share)
         changes, done, refused = _plan(analysis, wanted)

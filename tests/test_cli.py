@@ -12,10 +12,13 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 
 import onnx_clp
+import onnx_clp.analysis
 from onnx_clp import runtime
 from onnx_clp.cli import run
 from onnx_clp.errors import VerificationError
@@ -326,6 +329,169 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path, capsys: Cap
     assert run(["scan", saved("folded", tmp_path), "-o", str(tmp_path / "missing" / "report.txt")]) == ERROR
     assert "cannot write" in capsys.readouterr().err
     assert run(["scan", saved("folded", tmp_path), "-o", str(tmp_path)]) == ERROR
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scan", "in.onnx", "-o", "in.onnx"],
+        ["scan", "in.onnx", "-o", "./link.onnx"],
+        ["scan", "in.onnx", "-o", "model.onnx.data"],
+        ["scan", "missing.onnx", "in.onnx", "-o", "model.onnx.data"],
+        ["scan", "missing.onnx", "-o", "missing.onnx"],
+        ["sanitize", "in.onnx", "out.onnx", "-o", "in.onnx"],
+        ["sanitize", "in.onnx", "out.onnx", "-o", "out.onnx"],
+        ["sanitize", "in.onnx", "there.onnx", "--force", "-o", "there.onnx"],
+        ["sanitize", "in.onnx", "--dry-run", "-o", "model.onnx.data"],
+        ["sanitize", "in.onnx", "there.onnx", "--dry-run", "-o", "there.onnx"],
+        ["sanitize", "in.onnx", "--in-place", "-o", "in.onnx"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_report_never_takes_the_place_of_a_model_or_its_data(
+    arguments: list[str], form: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved("external_one_file", tmp_path, "in")
+    saved("folded", tmp_path, "there")
+    (tmp_path / "link.onnx").symlink_to("in.onnx")
+    before = snapshot(tmp_path)
+    assert run([*arguments, "--format", form]) == ERROR
+    assert snapshot(tmp_path) == before
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "would overwrite" in err
+
+
+@pytest.mark.parametrize("data", ["model.onnx.data", "out.model.onnx.data"])
+def test_a_report_does_not_take_the_place_of_data_read_or_just_written(
+    data: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = saved("external_one_file", tmp_path, "in")
+    before = snapshot(tmp_path)
+    assert run(["sanitize", model, "out.onnx", "-o", data]) == ERROR
+    assert "would overwrite" in capsys.readouterr().err
+    assert {name: snapshot(tmp_path)[name] for name in before} == before
+    if (tmp_path / "out.onnx").exists():  # the rewrite was done: it is whole
+        (layer,) = onnx_clp.scan("out.onnx").layers
+        assert layer.dead == (5,)
+
+
+def test_a_bug_in_one_file_does_not_hide_the_others(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad, last = (saved("folded", tmp_path, name) for name in "abc")
+    analyse = onnx_clp.analysis.analyse
+
+    def broken(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401  # passed on as they are
+        if options["name"] == bad:
+            raise RuntimeError("a bug")
+        return analyse(*arguments, **options)
+
+    monkeypatch.setattr("onnx_clp.analysis.analyse", broken)
+    assert run(["scan", good, bad, last, "--fail-on", "1"]) == ERROR
+    out, err = capsys.readouterr()
+    assert out.count("1 of 1 layer judged") == 2
+    assert len(lines_of(err)) == 1
+    assert bad in err
+    assert "RuntimeError: a bug" in err
+    assert "Traceback" not in err
+
+    assert run(["scan", good, bad, last, "--format", "json"]) == ERROR
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert ["report" in entry for entry in files] == [True, False, True]
+    assert run(["scan", bad, "--debug"]) == ERROR
+    assert "in broken" in capsys.readouterr().err
+
+
+def test_a_file_whose_graph_is_broken_does_not_stop_the_others(tmp_path: Path, capsys: Capture) -> None:
+    """A Slice with a step of 0, a kernel of half a channel, a Conv without a weight: each loses its own layer."""
+    good, last = saved("folded", tmp_path, "a"), saved("folded", tmp_path, "z")
+    broken = []
+    for name in ("step", "groups", "inputs"):
+        model = onnx.ModelProto()
+        model.CopyFrom(build("folded").model)
+        (conv,) = (node for node in model.graph.node if node.op_type == "Conv")
+        if name == "step":
+            model.graph.initializer.append(onnx.helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0]))
+            model.graph.node.append(onnx.helper.make_node("Slice", [conv.output[0], *["zero"] * 4], ["cut"]))
+            model.graph.output.append(onnx.helper.make_tensor_value_info("cut", 1, None))
+        elif name == "groups":
+            del conv.attribute[:]
+            conv.attribute.append(onnx.helper.make_attribute("group", 0))
+            conv.op_type = "ConvTranspose"
+        else:
+            del conv.input[1:]
+        broken.append(tmp_path / f"{name}.onnx")
+        broken[-1].write_bytes(model.SerializeToString())
+    code = run(["scan", good, *map(str, broken), last])
+    out, err = capsys.readouterr()
+    assert code in {FINE, ERROR, NOT_ANALYSED}
+    assert "Traceback" not in err
+    assert "fault of onnx-clp" not in err
+    assert out.count("1 of 1 layer judged") >= 2
+    assert good in out
+    assert last in out
+
+
+def test_a_path_that_is_too_long_does_not_stop_the_others(tmp_path: Path, capsys: Capture) -> None:
+    long = str(tmp_path / ("x" * 5000))
+    assert run(["scan", long, saved("folded", tmp_path)]) == ERROR
+    out, err = capsys.readouterr()
+    assert "1 of 1 layer judged" in out
+    assert "Traceback" not in err
+    assert "fault of onnx-clp" not in err
+    for arguments in (
+        ["sanitize", long, str(tmp_path / "out.onnx")],
+        ["sanitize", saved("folded", tmp_path), long],
+        ["scan", saved("folded", tmp_path), "-o", long],
+    ):
+        assert run(arguments) == ERROR
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in err
+        assert "fault of onnx-clp" not in err
+
+
+@pytest.mark.parametrize("arguments", [["scan"], ["scan", "--format", "json"], ["sanitize", "--dry-run"]])
+def test_without_a_stdout_the_exit_code_still_tells(arguments: list[str], tmp_path: Path) -> None:
+    """As a service starts a program: file descriptor 1 is closed."""
+    call = [sys.executable, "-m", "onnx_clp", *arguments, saved("folded", tmp_path)]
+    found = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *call],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in found.stderr
+    assert "fault of onnx-clp" not in found.stderr
+    assert found.returncode == FINE
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["scan"], ["scan", "--format", "json"], ["sanitize", "--dry-run"]])
+def test_a_full_disk_is_a_line_and_two(arguments: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "onnx_clp", *arguments, saved("folded", tmp_path)],
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert found.returncode == ERROR
+    assert len(lines_of(found.stderr)) == 1
+    assert found.stderr.startswith("onnx-clp: cannot write the report to stdout: No space left")
 
 
 def test_quiet_prints_no_report(tmp_path: Path, capsys: Capture) -> None:

@@ -22,8 +22,10 @@ from onnx_clp import SanitizeReport, rewrite, runtime, sanitize, scan
 from onnx_clp.errors import ModelFileError, UsageError, VerificationError
 from onnx_clp.model import save as save_module
 from onnx_clp.model.save import Rewrite
+from onnx_clp.report.outcome import Outcome
+from onnx_clp.report.text import render
 from tests import naive, oracle
-from tests.built import build, save
+from tests.built import build, run, save
 from tests.cases.net import Net
 
 Array = NDArray[Any]
@@ -347,6 +349,60 @@ def test_missing_external_data_is_an_error_and_nothing_is_written(tmp_path: Path
     assert contents(tmp_path) == before
 
 
+def test_missing_external_data_is_named_in_the_text_report(tmp_path: Path) -> None:
+    """The cause stands in the report: which file is not there."""
+    source = saved("external_one_file", tmp_path)
+    (tmp_path / "model.onnx.data").unlink()
+    try:
+        report = scan(source)
+    except ModelFileError as error:
+        text = str(error)
+    else:
+        assert not report.analysed
+        text = render([Outcome(str(source), report=report)], lambda part, _: part)
+    assert "model.onnx.data" in text
+
+
+# ---- constants behind an operator
+
+
+def shifted(*, divided: bool) -> Net:
+    """Conv → Div of a constant per channel → Add, or QLinearConv → DequantizeLinear → Add; the sum is an output."""
+    net = Net()
+    if divided:
+        W, deviation = net.kernel(16, 3, 3, 3), net.norm(16).variance
+        x = net.per_channel("Div", net.conv(net.feed(1, 3, 8, 8), W, net.vector(16)), deviation, name="div")
+        net.expect("conv", naive.scaled(naive.bounds(W), 1 / deviation.astype(np.float64)))
+    else:
+        q = np.round(net.kernel(16, 3, 3, 3) * 4).astype(np.int8)
+        one, zero = net.tensor(np.float32(0.02), "scale"), net.tensor(np.uint8(128), "zero")
+        weight = (net.tensor(q, "weight"), net.tensor(np.float32(0.5), "w_scale"), net.tensor(np.int8(0), "w_zero"))
+        x = net.op("QuantizeLinear", net.feed(1, 3, 8, 8), one, zero, name="quantize")
+        x = net.op("QLinearConv", x, one, zero, *weight, one, zero, name="conv", pads=[1] * 4)
+        x = net.op("DequantizeLinear", x, one, zero, name="dequantize")
+        net.expect("conv", naive.bounds(q * 0.5))
+    x = net.per_channel("Add", x, net.vector(16) + np.float32(3), name="add")
+    net.give(x)
+    net.tail(x, 16)
+    return net
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_what_is_added_behind_a_quotient_or_a_quantised_conv_is_silenced_too(tmp_path: Path, *, divided: bool) -> None:
+    net = shifted(divided=divided)
+    source, target = stored(net, tmp_path), tmp_path / "out.onnx"
+    (layer,) = scan(source).layers
+    np.testing.assert_allclose(layer.bounds, net.sites["conv"], rtol=1e-5)  # the method's own figure
+    report = sanitize(source, target)
+    assert silenced(report) == {"conv": (5,)}
+    assert checked(report)["onnxruntime-run"] is True
+    before, after = (run(path, oracle.load(path))[0] for path in (source, target))
+    assert before[:, 5].any()
+    assert not after[:, 5].any()
+    others = [k for k in range(16) if k != 5]
+    np.testing.assert_array_equal(after[:, others], before[:, others])
+
+
 # ---- where it may write
 
 
@@ -415,6 +471,57 @@ def test_in_place_keeps_every_name(case: str, tmp_path: Path) -> None:
     assert report.written
     assert report.input_sha256 == hashlib.sha256(original.read_bytes()).hexdigest()
     assert differences(original, source, report) == []
+
+
+def test_in_place_with_two_spellings_of_one_data_file(tmp_path: Path) -> None:
+    """`w.bin` and `./w.bin` are one file: both tensors' channels are silenced in it, and it stays one file."""
+    net = Net()
+    W_0, W_1 = net.kernel(16, 3, 3, 3), net.kernel(16, 16, 3, 3, outlier=9)
+    x = net.op("Relu", net.conv(net.feed(1, 3, 8, 8), W_0, name="conv_0"), name="relu_0")
+    net.tail(net.conv(x, W_1, name="conv_1"), 16)
+    blob = b""
+    for proto, location in zip(net.initializers[:2], ("w.bin", "./w.bin"), strict=True):
+        entries = {"location": location, "offset": str(len(blob)), "length": str(len(proto.raw_data))}
+        blob += proto.raw_data
+        proto.ClearField("raw_data")
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in entries.items():
+            proto.external_data.add(key=key, value=value)
+    net.folder = {"w.bin": blob}
+    source, twin = stored(net, tmp_path), tmp_path / "twin"
+    twin.mkdir()
+    original = stored(net, twin)
+    report = sanitize(source, source, in_place=True)
+    assert silenced(report) == {"conv_0": (5,), "conv_1": (9,)}
+    assert sorted(name for name in contents(tmp_path) if "/" not in name) == ["model.onnx", "w.bin"]
+    assert differences(original, source, report) == []
+    assert [layer.dead for layer in scan(source).layers] == [(5,), (9,)]
+
+
+@pytest.mark.parametrize("case", ["folded", "external_one_file"])
+@pytest.mark.parametrize("named", ["source", "both", "destination"])
+def test_in_place_through_a_link_rewrites_what_it_leads_to(case: str, named: str, tmp_path: Path) -> None:
+    real, links = tmp_path / "real", tmp_path / "links"
+    real.mkdir()
+    links.mkdir()
+    source = saved(case, real)
+    before = contents(real)
+    link = links / "model.onnx"
+    link.symlink_to(source)
+    given = {"source": (link, source), "both": (link, link), "destination": (source, link)}[named]
+    try:
+        report = sanitize(*given, in_place=True)
+    except ModelFileError:  # data is looked for beside the name that was given
+        assert case != "folded"
+        assert named != "destination"
+        assert contents(real) == before
+    else:
+        assert report.silenced_channels == 1
+        assert contents(real).keys() == before.keys()
+        assert contents(real) != before
+        assert [layer.dead for layer in scan(source).layers] == [(5,)]
+    assert link.is_symlink()
+    assert [path.name for path in links.iterdir()] == ["model.onnx"]
 
 
 def test_in_place_allows_another_destination_too(tmp_path: Path) -> None:

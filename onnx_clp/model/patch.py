@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper
 
-from onnx_clp.model.constants import Constant, Constants, Derived
+from onnx_clp.model.constants import UNFIT, Constant, Constants, Derived
 from onnx_clp.model.edits import Edit, Span, length_delimited
 from onnx_clp.model.fold import per_axis
 from onnx_clp.model.graph import MISSING, Graph, Node
@@ -116,36 +116,29 @@ class _Planner:
 
     def plan(self, wanted: Sequence[tuple[Sequence[Knob], Sequence[int]]]) -> Plan:
         self.names.update(self.graph.names)
-        readers = self.readers()
-        overlapping = _overlapping(readers)
         patches: dict[Place, list[_Patch]] = defaultdict(list)
         copies: list[tuple[Knob, Array]] = []
-        owner: dict[tuple[int, int], int] = {}
-        for position, (knobs, channels) in enumerate(wanted):
-            for knob in knobs:
-                owner[knob.edge] = position
-                current = self.constants.array(knob.value)
-                silent = self.silenced(knob, channels, current)
-                if np.array_equal(current, silent):
-                    continue
-                patch = self.patch(knob, channels)
-                if patch is None:
-                    copies.append((knob, silent))
-                else:
-                    patches[patch.where].append(patch)
-        edits: dict[str, list[Edit]] = defaultdict(list)
         refused: dict[int, str] = {}
-        for where, group in patches.items():
-            agreed = len({patch.signature for patch in group}) == 1
-            alone = {patch.knob.edge for patch in group} == readers[where] and where not in overlapping
-            if agreed and alone:
-                edits[where.location] += group[0].edits()
-            else:
-                for patch in group:
-                    channels = wanted[owner[patch.knob.edge]][1]
-                    copies.append(
-                        (patch.knob, self.silenced(patch.knob, channels, self.constants.array(patch.knob.value)))
-                    )
+        for position, (knobs, channels) in enumerate(wanted):
+            try:
+                changes = [(knob, self.change(knob, channels)) for knob in knobs]
+            except UNFIT:
+                refused[position] = "a constant of it does not have the shape that its operator needs"
+                continue
+            for knob, change in changes:
+                if isinstance(change, _Patch):
+                    patches[change.where].append(change)
+                elif change is not None:
+                    copies.append((knob, change))
+        if refused:
+            return Plan({}, (), refused)
+        owner = {knob.edge: position for position, (knobs, _) in enumerate(wanted) for knob in knobs}
+        edits: dict[str, list[Edit]] = defaultdict(list)
+        for patch in self.in_place(patches):
+            edits[patch.where.location] += patch.edits()
+        for patch in (patch for group in patches.values() for patch in group):
+            channels = wanted[owner[patch.knob.edge]][1]
+            copies.append((patch.knob, self.silenced(patch.knob, channels, self.constants.array(patch.knob.value))))
         for knob, silent in copies:
             reason = self.refusal(knob, copies)
             if reason:
@@ -153,6 +146,28 @@ class _Planner:
             else:
                 edits[""] += self.own_constant(knob, silent)
         return Plan({location: tuple(group) for location, group in edits.items()}, tuple(self.unshared), refused)
+
+    def in_place(self, patches: dict[Place, list[_Patch]]) -> list[_Patch]:
+        """Take out of ``patches`` the places that all readers want silent alike; one patch for each."""
+        readers = self.readers()
+        overlapping = _overlapping(readers)
+        taken: list[_Patch] = []
+        for where, group in list(patches.items()):
+            agreed = len({patch.signature for patch in group}) == 1
+            alone = {patch.knob.edge for patch in group} == readers[where] and where not in overlapping
+            if agreed and alone:
+                taken.append(group[0])
+                del patches[where]
+        return taken
+
+    def change(self, knob: Knob, channels: Sequence[int]) -> _Patch | Array | None:
+        """What makes ``channels`` silent: a patch in place, or else a constant of its own; None where they are."""
+        current = self.constants.array(knob.value)
+        silent = self.silenced(knob, channels, current)
+        if np.array_equal(current, silent):
+            return None
+        patch = self.patch(knob, channels)
+        return silent if patch is None else patch
 
     def silenced(self, knob: Knob, channels: Sequence[int], current: Array) -> Array:
         """``current``, the array that ``knob`` turns, with ``channels`` silent."""

@@ -282,9 +282,9 @@ def conv_transpose(groups: int, *, add: bool = False, normalise: bool = True) ->
 # ---- heads
 
 
-def trunk(*, channels: int = 16) -> tuple[Net, str]:
+def trunk(*, channels: int = 16, opset: int = 17) -> tuple[Net, str]:
     """A folded Conv and its Relu, before what the case is about."""
-    net = Net()
+    net = Net(opset=opset)
     W = net.kernel(channels, 3, 3, 3)
     x = net.conv(net.feed(1, 3, 8, 8), W, net.vector(channels), name="trunk")
     net.expect("trunk", naive.bounds(W))
@@ -373,6 +373,72 @@ def head_boxes_sliced() -> Net:
     x = net.op("Concat", *flat, name="concat", axis=2)
     starts, ends, axes = (net.integers(i, name=n) for i, n in ((0, "starts"), (4, "ends"), (1, "axes")))
     net.give(net.op("Slice", x, starts, ends, axes, name="slice"), rank=3)
+    return net
+
+
+def clipped(net: Net, x: str, low: float, high: float) -> str:
+    """A Clip: its limits are attributes up to opset 10, inputs from then on."""
+    if net.opset < 11:
+        return net.op("Clip", x, name="clip", min=low, max=high)
+    limits = (net.tensor(np.float32(value), name) for value, name in ((low, "low"), (high, "high")))
+    return net.op("Clip", x, *limits, name="clip")
+
+
+@case(head_clip={}, head_clip_opset10={"opset": 10}, head_pixels={"limit": 255.0}, head_pixels_up={"up": True})
+def head_image(*, limit: float = 1.0, opset: int = 17, up: bool = False) -> Net:
+    """An image: Conv → DepthToSpace → Mul → Clip to 0 … 1 or 0 … 255."""
+    net, x = trunk(opset=opset)
+    x = head(net, x)
+    if up:
+        x, limit = net.op("DepthToSpace", x, name="up", blocksize=2), 255.0
+    if limit > 1:
+        x = net.op("Mul", x, net.tensor(np.float32(limit), "scale"), name="mul")
+    net.give(clipped(net, x, 0.0, limit))
+    return net
+
+
+@case(relu6_output_is_no_head={"opset": 17}, relu6_output_is_no_head_opset10={"opset": 10})
+def relu6_output(opset: int) -> Net:
+    """A feature extractor that ends in a ReLU6."""
+    net, x = trunk(opset=opset)
+    W = net.kernel(16, 16, 3, 3, outlier=7)
+    net.give(clipped(net, net.conv(x, W, net.vector(16)), 0.0, 6.0))
+    net.expect("conv", naive.bounds(W), [7])
+    return net
+
+
+@case()
+def head_regions() -> Net:
+    """Boxes are an output, and say where RoiAlign looks at features that a Gemm then classifies."""
+    net, x = trunk()
+    boxes = net.op("Transpose", head(net, x), name="channels_last", perm=[0, 2, 3, 1])
+    boxes = net.op("Reshape", boxes, net.integers(-1, 4, name="shape"), name="boxes")
+    boxes = net.op("Mul", net.op("Sigmoid", boxes, name="sigmoid"), net.tensor(np.float32(8), "size"), name="scaled")
+    net.give(boxes, rank=2)
+    batch = net.tensor(np.zeros(256, np.int64), "batch")  # 8 · 8 positions of 16 / 4 boxes
+    form: dict[str, Attribute] = {
+        "output_height": 2,
+        "output_width": 2,
+        "coordinate_transformation_mode": "output_half_pixel",
+    }
+    regions = net.op("RoiAlign", x, boxes, batch, name="regions", **form)
+    net.tail(regions, 16)
+    return net
+
+
+@case(gate_of_six_steps_is_no_head={"steps": 6}, gate_of_seven_steps_is_a_head={"steps": 7})
+def long_gate(steps: int) -> Net:
+    """An activation x · g(x), g of as many elementwise steps as an activation spelled out may have, and of one more."""
+    net, x = trunk()
+    W = net.kernel(16, 16, 1, 1, outlier=7)
+    x = gate = net.conv(x, W, net.vector(16), name="last")
+    for i in range(steps):
+        gate = net.op("Tanh", gate, name=f"gate_{i}")
+    net.give(net.op("Mul", x, gate, name="mul"))
+    if steps > 6:
+        net.expect_skipped("head", "last")
+    else:
+        net.expect("last", naive.bounds(W), [7])
     return net
 
 

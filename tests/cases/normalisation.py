@@ -1,6 +1,7 @@
 """BatchNormalizations that are not simply behind a Conv: on Gemm, on sums, concatenations and parts, or spelled out."""
 
 import numpy as np
+from onnx import TensorProto, helper
 
 from tests import naive
 from tests.cases.net import Bounds, Net, Norm, case
@@ -121,6 +122,69 @@ def spelled_sum(operators: tuple[str, ...]) -> Net:
 
 
 @case()
+def bn_mul_add() -> Net:
+    """As Caffe has it: a BN without γ and β of its own, and a Scale behind it."""
+    net = Net()
+    W, norm, factor = net.kernel(16, 3, 3, 3), net.norm(16), net.norm(16).gamma
+    x = net.per_channel("Mul", net.bn(net.conv(net.feed(1, 3, 8, 8), W), norm), factor, name="mul")
+    net.tail(net.per_channel("Add", x, net.vector(16), name="add"), 16)
+    net.expect("mul", naive.scaled(norm.of(W), factor))
+    return net
+
+
+@case()
+def bn_bn() -> Net:
+    """Two BNs in a row: the last one judges both."""
+    net = Net()
+    W, norm_0, norm_1 = net.kernel(16, 3, 3, 3), net.norm(16), net.norm(16)
+    x = net.bn(net.conv(net.feed(1, 3, 8, 8), W), norm_0, name="bn_0")
+    net.tail(net.bn(x, norm_1, name="bn_1"), 16)
+    net.expect("bn_1", norm_1.after(norm_0.of(W)))
+    return net
+
+
+@case()
+def decoy_bn() -> Net:
+    """A BN beside the main way, whose γ hides the outlier: what the Conv sends past it is judged, too."""
+    net = Net()
+    W, W_1, norm = net.kernel(16, 3, 3, 3), net.kernel(16, 16, 3, 3, outlier=7), net.norm(16)
+    norm.gamma[5] = 1e-3
+    x = net.conv(net.feed(1, 3, 8, 8), W, net.vector(16))
+    decoy = net.bn(x, norm)
+    y = net.conv(net.op("Relu", x, name="relu"), W_1, net.vector(16), name="conv_1")
+    net.tail(net.op("Add", y, decoy, name="sum"), 16)
+    net.expect("conv", naive.bounds(W))
+    net.expect("conv_1", naive.bounds(W_1), [7])
+    net.expect("bn", norm.of(W), [])
+    return net
+
+
+@case()
+def scalar_mul_add_per_channel() -> Net:
+    """A scale for all channels, a shift for each: the Conv is the site, and the shift is silenced with it."""
+    net = Net()
+    W = net.kernel(16, 3, 3, 3)
+    x = net.conv(net.feed(1, 3, 8, 8), W)
+    x = net.op("Mul", x, net.tensor(np.float32(0.5), "scale"), name="mul")
+    net.tail(net.per_channel("Add", x, net.vector(16), name="add"), 16)
+    net.expect("conv", naive.bounds(W))
+    return net
+
+
+@case()
+def layer_scale_is_no_site() -> Net:
+    """MatMul → Mul of a constant per channel and nothing added, as networks without BN have it."""
+    net = Net()
+    W = net.kernel(16, 3, 3, 3)
+    x = net.op("Relu", net.conv(net.feed(1, 3, 8, 8), W, net.vector(16)), name="relu")
+    x = net.op("Flatten", net.op("GlobalAveragePool", x, name="pool"), name="flatten")
+    x = net.op("MatMul", x, net.tensor(net.kernel(16, 16).T, "w"), name="matmul")
+    net.tail(net.op("Mul", x, net.tensor(net.norm(16).gamma, "factor"), name="mul"), 16, pooled=True)
+    net.expect("conv", naive.bounds(W))
+    return net
+
+
+@case()
 def scalar_mul_is_no_bn() -> Net:
     """A scale and a shift that are the same for all channels normalise nothing: the Conv is the site."""
     net = Net()
@@ -133,6 +197,49 @@ def scalar_mul_is_no_bn() -> Net:
 
 
 # ---- sums: pre-activation residual networks
+
+
+@case()
+def sum_of_two_ranks() -> Net:
+    """(1, C) of a Gemm lies along the last axis of (1, C, H, W) of a Conv, though both have C on axis 1."""
+    net = Net()
+    W, norm = net.kernel(16, 3, 3, 3), net.norm(16)
+    y = net.op("Gemm", net.feed(1, 12, name="y"), net.tensor(net.kernel(12, 16, outlier=None), "w"), name="gemm")
+    x = net.conv(net.feed(1, 3, 8, 16), W, net.vector(16))
+    net.tail(net.bn(net.op("Add", x, y, name="sum"), norm), 16)
+    net.expect("conv", naive.bounds(W))
+    net.expect_skipped("untraced", "bn")
+    return net
+
+
+@case()
+def reshape_of_the_batch() -> Net:
+    """(2, C, H, W) reshaped to (1, C, 2·H·W): the batch is mixed into the channels."""
+    net = Net()
+    W, norm = net.kernel(16, 3, 3, 3), net.norm(16)
+    x = net.conv(net.feed(2, 3, 8, 8), W, net.vector(16))
+    net.outputs.append(helper.make_tensor_value_info(x, TensorProto.FLOAT, [2, 16, 8, 8]))
+    x = net.op("Reshape", x, net.integers(1, 16, -1, name="shape"), name="reshape")
+    net.tail(net.bn(x, norm), 16)
+    net.expect("conv", naive.bounds(W))
+    net.expect_skipped("untraced", "bn")
+    return net
+
+
+@case()
+def unsqueeze_of_an_axis_from_the_end() -> Net:
+    """A MatMul of a value of unknown rank has its channels on the last axis, which is not counted on behind it."""
+    net = Net()
+    x = net.feed(1, 8, 12)
+    x = net.op("Reshape", x, net.op("Shape", net.feed(1, 8, 12, name="like"), name="size"), name="unknown")
+    x = net.op("MatMul", x, net.tensor(net.kernel(16, 12).T, "w"), name="matmul")
+    net.give(x, rank=3)
+    x = net.with_axes("Unsqueeze", x, 2, name="unsqueeze")
+    x = net.op("Transpose", x, name="transpose", perm=[0, 3, 1, 2])
+    net.tail(net.bn(x, net.norm(16)), 16)
+    net.expect_skipped("untraced", "bn")
+    return net
+
 
 PRE_ACTIVATION = 5
 """The channel that stands out in every sum of the pre-activation networks."""
