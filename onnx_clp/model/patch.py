@@ -139,13 +139,22 @@ class _Planner:
         for patch in (patch for group in patches.values() for patch in group):
             channels = wanted[owner[patch.knob.edge]][1]
             copies.append((patch.knob, self.silenced(patch.knob, channels, self.constants.array(patch.knob.value))))
+        own, reasons = self.own_constants(copies)
+        edits[""] += own
+        refused = {owner[edge]: reason for edge, reason in reasons.items()}
+        return Plan({location: tuple(group) for location, group in edits.items()}, tuple(self.unshared), refused)
+
+    def own_constants(self, copies: Sequence[tuple[Knob, Array]]) -> tuple[list[Edit], dict[tuple[int, int], str]]:
+        """Edits that give each knob a constant of its own, and by edge why some cannot have one."""
+        edits: list[Edit] = []
+        refused: dict[tuple[int, int], str] = {}
         for knob, silent in copies:
             reason = self.refusal(knob, copies)
             if reason:
-                refused[owner[knob.edge]] = reason
+                refused[knob.edge] = reason
             else:
-                edits[""] += self.own_constant(knob, silent)
-        return Plan({location: tuple(group) for location, group in edits.items()}, tuple(self.unshared), refused)
+                edits += self.own_constant(knob, silent)
+        return edits, refused
 
     def in_place(self, patches: dict[Place, list[_Patch]]) -> list[_Patch]:
         """Take out of ``patches`` the places that all readers want silent alike; one patch for each."""
