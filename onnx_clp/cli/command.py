@@ -5,9 +5,7 @@ The only place that prints, exits, and turns an OnnxClpError into a line and an 
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 from importlib import import_module
 from typing import Any, Final
 
@@ -15,7 +13,7 @@ import click
 
 from onnx_clp._version import __version__
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import complain
+from onnx_clp.cli.options import abandon_stdout, complain
 from onnx_clp.errors import OnnxClpError, VerificationError
 
 _COMMANDS: Final = ("sanitize", "scan")
@@ -63,9 +61,8 @@ def invoke(arguments: list[str]) -> int:
     except (BrokenPipeError, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not stop.code:
             return Exit.FINE  # shell completion has answered
-        # click makes exit code 1 of a closed pipe, which means flagged here. Whoever read the report has enough; what
-        # is still buffered must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # click makes exit code 1 of a closed pipe, which means flagged here. Whoever read the report has enough.
+        abandon_stdout()
         return Exit.ERROR
     except OnnxClpError as error:
         complain(error, debug="--debug" in arguments)

@@ -54,6 +54,11 @@ def protect(output: Path | None, files: Iterable[str | Path]) -> None:
             raise UsageError(f"the report would overwrite {file}", "name another file with -o")
 
 
+def abandon_stdout() -> None:
+    """Let what is still buffered for stdout go nowhere, so that it does not raise again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def deliver(report: str, output: Path | None, *, quiet: bool) -> None:
     """Put the report where it was asked for. Raises UsageError where it cannot be written."""
     try:
@@ -66,6 +71,8 @@ def deliver(report: str, output: Path | None, *, quiet: bool) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
+        if output is None:
+            abandon_stdout()
         raise UsageError(f"cannot write the report to {output or 'stdout'}: {error.strerror}") from error
 
 
