@@ -135,14 +135,13 @@ def _is_pooled(known: Shapes, node: Node) -> bool:
         return True
     if node.op_type in _REDUCTIONS:
         axes, rank = known.axes(node), known.rank(node.inputs[0])
-        if axes is not None and rank is None:
+        if axes is None:
+            return False
+        if rank is None:
             return set(axes) in ({2, 3}, {-1, -2}, {2}, {2, 3, 4})
-        return (
-            axes is not None
-            and rank is not None
-            and rank >= LEAST_SPATIAL_RANK
-            and {axis % rank for axis in axes} == set(range(2, rank))
-        )
+        # All positions, behind the channels or, as TensorFlow lays them out, before them.
+        positions = (set(range(2, rank)), set(range(1, rank - 1)))
+        return rank >= LEAST_SPATIAL_RANK and {axis % rank for axis in axes} in positions
     if node.op_type in {"AveragePool", "MaxPool"}:
         shape = known.graph.shapes.get(node.outputs[0], ())
         return len(shape) >= LEAST_SPATIAL_RANK and set(shape[2:]) == {1}

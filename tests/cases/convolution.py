@@ -482,6 +482,7 @@ def output_and_trained_operator_is_no_head() -> Net:
     gate_reduce_mean={"pool": "ReduceMean"},
     gate_reduce_mean_opset18={"pool": "ReduceMean", "opset": 18},
     gate_reduce_mean_negative_axes={"pool": "ReduceMean", "axes": (-2, -1)},
+    gate_channels_last={"pool": "ReduceMean", "axes": (1, 2), "channels_last": True},
     gate_max_pool={"pool": "GlobalMaxPool"},
     gate_hard_sigmoid={"pool": "GlobalAveragePool", "squash": "HardSigmoid"},
     gate_after_bn={"pool": "GlobalAveragePool", "normalise": True},
@@ -493,6 +494,7 @@ def gate(
     axes: tuple[int, int] = (2, 3),
     squash: str = "Sigmoid",
     normalise: bool = False,
+    channels_last: bool = False,
 ) -> Net:
     """Squeeze and excitation: pool → Conv → Relu → Conv → Sigmoid, multiplied with what was pooled."""
     net = Net(opset=opset)
@@ -506,7 +508,9 @@ def gate(
         net.expect("conv", naive.bounds(W))
     x = net.op("Relu", x, name="relu")
     if pool == "ReduceMean":
-        g = net.with_axes("ReduceMean", x, *axes, name="squeeze", since=18, keepdims=1)
+        g = net.op("Transpose", x, name="to_last", perm=[0, 2, 3, 1]) if channels_last else x
+        g = net.with_axes("ReduceMean", g, *axes, name="squeeze", since=18, keepdims=1)
+        g = net.op("Transpose", g, name="to_first", perm=[0, 3, 1, 2]) if channels_last else g
     else:
         g = net.op(pool, x, name="squeeze")
     g = net.op("Relu", net.conv(g, net.kernel(16, 16, 1, 1), net.vector(16), name="reduce"), name="gate_relu")
