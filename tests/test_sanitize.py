@@ -971,3 +971,13 @@ def test_paths_may_be_strings(tmp_path: Path) -> None:
     assert report.before.path == scan(source).path == source
     assert report.after is not None
     assert report.after.path == target
+
+
+def test_metadata_of_the_wrong_wire_type_is_no_metadata(tmp_path: Path) -> None:
+    """Field 14 as a varint is an unknown field to protobuf: kept as it is, and counted as no entry."""
+    source = saved("conv_bn_2d", tmp_path)
+    source.write_bytes(source.read_bytes() + bytes([14 << 3, 1]))
+    report = sanitize(source, tmp_path / "out.onnx")
+    assert report.silenced
+    keys = [entry.key for entry in onnx.load(tmp_path / "out.onnx").metadata_props]
+    assert keys == ["onnx_clp.version", "onnx_clp.u", "onnx_clp.input_sha256", "onnx_clp.silenced"]

@@ -220,13 +220,14 @@ class _Walk:
         merged = {} if merged is None else merged
         sparse: dict[int, dict[int, int]] = {}
         for number, wire, tag_start, start, end in self.fields(body.start, body.end):
-            child = kind.children.get(number)
-            if child is None and not (number == MODEL_TRAINING and kind.name == "ModelProto"):
-                if number == MODEL_METADATA and kind.name == "ModelProto":
-                    self.metadata.append(Span(tag_start, end))
-                continue
             if wire != LENGTH:
                 continue  # protobuf keeps a field of the wrong wire type as unknown
+            child = kind.children.get(number)
+            dropped = number == MODEL_TRAINING and kind.name == "ModelProto"
+            if number == MODEL_METADATA and kind.name == "ModelProto":
+                self.metadata.append(Span(tag_start, end))
+            if child is None and not dropped:
+                continue
             pieces.append(self.copy(kept, tag_start))
             kept = end
             if child is None:
