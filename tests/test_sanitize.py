@@ -981,3 +981,15 @@ def test_metadata_of_the_wrong_wire_type_is_no_metadata(tmp_path: Path) -> None:
     assert report.silenced
     keys = [entry.key for entry in onnx.load(tmp_path / "out.onnx").metadata_props]
     assert keys == ["onnx_clp.version", "onnx_clp.u", "onnx_clp.input_sha256", "onnx_clp.silenced"]
+
+
+def test_nan_in_bfloat16_is_no_warning(tmp_path: Path) -> None:
+    """Warnings are errors here: ml_dtypes warns where NaN is compared."""
+    case = build("bfloat16_int32_data")
+    model = onnx.ModelProto()
+    model.CopyFrom(case.model)
+    (beta,) = (tensor for tensor in model.graph.initializer if tensor.name == "bn.beta")
+    beta.int32_data[0] = 0x7FC0
+    source = tmp_path / "model.onnx"
+    source.write_bytes(model.SerializeToString())
+    assert sanitize(source, tmp_path / "out.onnx").silenced

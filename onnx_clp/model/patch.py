@@ -173,7 +173,9 @@ class _Planner:
         """What makes ``channels`` silent: a patch in place, or else a constant of its own; None where they are."""
         current = self.constants.array(knob.value)
         silent = self.silenced(knob, channels, current)
-        if np.array_equal(current, silent):
+        with np.errstate(all="ignore"):  # ml_dtypes warns where it compares NaN
+            same = np.array_equal(current, silent)
+        if same:
             return None
         patch = self.patch(knob, channels)
         return silent if patch is None else patch
@@ -267,7 +269,7 @@ class _Planner:
         twins = {node.index for node in self.graph.nodes if node.layout is layout}
         wanted = {other.node.index: silent for other, silent in copies if other.position == knob.position}
         silent = wanted[knob.node.index]
-        if any(index not in wanted or not np.array_equal(wanted[index], silent) for index in twins):
+        if any(index not in wanted or wanted[index].tobytes() != silent.tobytes() for index in twins):
             return "it lies in a function that is called more than once, and the other calls use the same constants"
         return ""
 
