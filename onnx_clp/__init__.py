@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx_clp.evaluation.figures import EvaluationReport, Figures, ModelFigures, Share
     from onnx_clp.evaluation.sweep import SweepReport, SweepRow, sweep
     from onnx_clp.evaluation.tac import NotMeasured, TacLayer, TacReport, tac
+    from onnx_clp.limits import Limits
     from onnx_clp.sanitizer import Check, Left, SanitizeReport, Silenced, sanitize
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Figures",
     "Layer",
     "Left",
+    "Limits",
     "ModelFigures",
     "ModelFileError",
     "NotMeasured",
@@ -57,6 +59,7 @@ _MODULES = {
     **dict.fromkeys(("EvaluationReport", "Figures", "ModelFigures", "Share"), "onnx_clp.evaluation.figures"),
     **dict.fromkeys(("SweepReport", "SweepRow", "sweep"), "onnx_clp.evaluation.sweep"),
     **dict.fromkeys(("NotMeasured", "TacLayer", "TacReport", "tac"), "onnx_clp.evaluation.tac"),
+    "Limits": "onnx_clp.limits",
     "Correlation": "onnx_clp.evaluation.correlation",
     "evaluate": "onnx_clp.evaluation.evaluator",
 }

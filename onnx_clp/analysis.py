@@ -6,6 +6,7 @@ open → graph → constants → shapes → trace → survey → bounds → judg
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from onnx_clp._version import __version__
 from onnx_clp.defaults import DEFAULT_U, check_u
 from onnx_clp.judge import Judgement, Status, judge
 from onnx_clp.kernels import Measured, measure
+from onnx_clp.limits import DEFAULT_LIMITS, Limits
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.expand import build_graph
 from onnx_clp.model.file import ModelFile, open_model
@@ -88,7 +90,7 @@ class SkippedPart:
         name: The node.
         operator: Its operator.
         reason: One word: ``head``, ``gate``, ``untraced``, ``training-mode``, ``dynamic-weight``, ``custom-operator``,
-            ``no-data``, ``unreadable``, ``unused`` or ``shape``.
+            ``no-data``, ``unreadable``, ``unused``, ``shape`` or ``limit``.
         detail: The reason in a sentence.
     """
 
@@ -187,13 +189,22 @@ def analyse(file: ModelFile, u: float, *, count_dead: bool, name: str) -> Analys
     )
 
 
-def scan(path: str | os.PathLike[str], u: float = DEFAULT_U, *, count_dead: bool = False) -> ScanReport:
+def scan(
+    path: str | os.PathLike[str],
+    u: float = DEFAULT_U,
+    *,
+    count_dead: bool = False,
+    allow_roots: Sequence[str | os.PathLike[str]] = (),
+    limits: Limits = DEFAULT_LIMITS,
+) -> ScanReport:
     """Scan an ONNX file for channels whose Lipschitz bound is an outlier of their layer.
 
     Args:
         path: The ONNX file. External data is read from its folder.
         u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0.
         count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
+        allow_roots: Folders beside the model's own in which its external data may lie.
+        limits: What the scan may cost.
 
     Returns:
         The report: every layer with its bounds (one float per channel), and every part that was not judged.
@@ -203,7 +214,7 @@ def scan(path: str | os.PathLike[str], u: float = DEFAULT_U, *, count_dead: bool
         UsageError: ``u`` is negative or not finite.
     """
     check_u(u)
-    with open_model(Path(path)) as file:
+    with open_model(Path(path), tuple(map(Path, allow_roots)), limits) as file:
         return analyse(file, u, count_dead=count_dead, name=os.fspath(path)).report
 
 

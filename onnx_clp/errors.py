@@ -31,5 +31,18 @@ class UsageError(OnnxClpError):
     """The caller asked for something that cannot be done as asked."""
 
 
+class PayloadError(OnnxClpError):
+    """The elements of one tensor cannot be had; the message says why and becomes the detail of a skipped layer.
+
+    Attributes:
+        reason: In one word: ``unreadable``, ``no-data``, ``shape``, ``dynamic-weight``, ``custom-operator`` or
+            ``limit``.
+    """
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class VerificationError(OnnxClpError):
     """A rewritten file did not pass its own verification and was removed."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from onnx_clp.errors import PayloadError
 from onnx_clp.model.graph import Node
-from onnx_clp.model.tensors import PayloadError
 
 Indices = npt.NDArray[np.int64]
 

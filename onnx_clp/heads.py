@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
+from onnx_clp.errors import PayloadError
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
-from onnx_clp.model.tensors import PayloadError
 from onnx_clp.operators import LEAST_KERNEL_RANK, linear
 
 _TRAINED: Final = frozenset({"LSTM", "GRU", "RNN", "BatchNormalization", "InstanceNormalization"})

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.bounds import spectral_norms
+from onnx_clp.errors import PayloadError
 from onnx_clp.flow import Joined, Normalised, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import Node
-from onnx_clp.model.tensors import PayloadError
 from onnx_clp.operators import kernel
 from onnx_clp.sites import Reason, Site, Skipped, Survey
 

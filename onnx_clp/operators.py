@@ -14,9 +14,10 @@ from typing import Final
 
 import numpy as np
 
+from onnx_clp.errors import PayloadError
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Node
-from onnx_clp.model.tensors import Array, PayloadError
+from onnx_clp.model.tensors import Array
 
 MICROSOFT: Final = "com.microsoft"
 

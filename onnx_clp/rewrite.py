@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onnx_clp._version import __version__
 from onnx_clp.analysis import Analysis, analyse
-from onnx_clp.errors import UsageError
+from onnx_clp.errors import PayloadError, UsageError
 from onnx_clp.model.file import ModelFile, open_source
 from onnx_clp.model.patch import Plan, plan
 from onnx_clp.model.save import (
@@ -24,7 +24,6 @@ from onnx_clp.model.save import (
     rewritten,
 )
 from onnx_clp.model.source import ByteSource
-from onnx_clp.model.tensors import PayloadError
 from onnx_clp.sanitizer import Check, Left, Options, SanitizeReport, Silenced
 from onnx_clp.verify import Choice, verify
 
@@ -32,7 +31,7 @@ from onnx_clp.verify import Choice, verify
 def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, options: Options) -> SanitizeReport:
     """What ``sanitize`` does with the open ``source``, whose SHA-256 ``digest`` waits for."""
     destination = Path(dst)
-    with open_source(source) as file:
+    with open_source(source, options.allow_roots, options.limits) as file:
         try:
             if is_in_place(file, destination):
                 destination = destination.resolve()  # the file itself, where the name is a link to it

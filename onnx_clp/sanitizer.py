@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from onnx_clp.defaults import DEFAULT_MAX_SHARE, DEFAULT_U, check_u
 from onnx_clp.errors import UsageError
+from onnx_clp.limits import DEFAULT_LIMITS, Limits
 from onnx_clp.model.source import ByteSource, sha256_meanwhile
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Options:
     in_place: bool
     dry_run: bool
     input_shapes: Mapping[str, tuple[int, ...]]
+    allow_roots: tuple[Path, ...]
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,8 @@ def sanitize(  # each option is one of the command's
     in_place: bool = False,
     dry_run: bool = False,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    allow_roots: Sequence[str | os.PathLike[str]] = (),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> SanitizeReport:
     """Write a copy of an ONNX model in which the flagged channels are silent: their output is exactly 0.
 
@@ -144,6 +149,8 @@ def sanitize(  # each option is one of the command's
         in_place: Allow ``dst`` to be ``src``.
         dry_run: Write nothing, only say what would change.
         input_shapes: Shapes by input name for the run in onnxruntime, where the model leaves them open.
+        allow_roots: Folders beside the model's own in which its external data may lie.
+        limits: What scanning, writing and verifying may cost.
 
     Raises:
         ModelFileError: ``src`` cannot be read, or is no ONNX model.
@@ -154,7 +161,9 @@ def sanitize(  # each option is one of the command's
     if not 0 <= max_share <= 1:
         raise UsageError(f"the largest share is {max_share}", "give a share between 0 and 1")
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
-    options = Options(u, count_dead, max_share, metadata, force, in_place, dry_run, shapes)
+    options = Options(
+        u, count_dead, max_share, metadata, force, in_place, dry_run, shapes, tuple(map(Path, allow_roots)), limits
+    )
     source = ByteSource(Path(src))
     try:
         with sha256_meanwhile(source) as digest:

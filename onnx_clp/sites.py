@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from onnx_clp.errors import PayloadError
 from onnx_clp.flow import Flow, Joined, Lost, Produced, Summed, Trace
 from onnx_clp.heads import heads
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.patch import Knob
-from onnx_clp.model.tensors import PayloadError
 from onnx_clp.operators import KernelLayout, channel_count, layout, linear
 from onnx_clp.shapes import Shapes
 from onnx_clp.trace import channel_axis, training_reason
@@ -43,6 +43,7 @@ class Reason(Enum):
     UNREADABLE = "unreadable"
     UNUSED = "unused"
     SHAPE = "shape"
+    LIMIT = "limit"
 
 
 @dataclass(frozen=True, slots=True)

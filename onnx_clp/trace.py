@@ -14,11 +14,11 @@ from typing import Final
 
 import numpy as np
 
+from onnx_clp.errors import PayloadError
 from onnx_clp.flow import Flow, Indices, Joined, Lost, Normalised, Picked, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import UNFIT, Constants
 from onnx_clp.model.fold import slices
 from onnx_clp.model.graph import MISSING, Graph, Node
-from onnx_clp.model.tensors import PayloadError
 from onnx_clp.operators import channel_count, linear
 from onnx_clp.shapes import Shapes
 

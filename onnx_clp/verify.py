@@ -39,7 +39,7 @@ def verify(
 ) -> tuple[tuple[Check, ...], ScanReport]:
     """Verify the written files. Raises VerificationError where one is not what was planned."""
     checks: list[Check] = []
-    with open_model(rewrite.model) as written:
+    with open_model(rewrite.model, limits=analysis.file.meter.limits) as written:
         report = analysis.report
         again = analyse(written, report.u, count_dead=report.count_dead, name=name)
         checks.append(_check_scan(analysis, again, done))

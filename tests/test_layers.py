@@ -20,7 +20,7 @@ PACKAGE = Path(onnx_clp.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version"),
-    ("defaults",),
+    ("defaults", "limits"),
     ("bounds", "judge"),
     # the file, its graph and its bytes
     ("model.source",),

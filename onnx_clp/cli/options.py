@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 
 from onnx_clp.defaults import DEFAULT_U
 from onnx_clp.errors import OnnxClpError, UsageError
+from onnx_clp.limits import DEFAULT_LIMITS, Limits
 
 
 def share(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -24,6 +26,23 @@ def share(_: click.Context, __: click.Parameter, value: str) -> float:
     if not 0 <= number <= 1:
         raise click.BadParameter(f"{value!r} is no share: give 10% or 0.1")
     return number
+
+
+def limit_numbers(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Limits:
+    """Each ``name=number`` in place of the default of that limit."""
+    changed: dict[str, int] = {}
+    names = [field.name for field in fields(Limits)]
+    for value in values:
+        name, _equals, number = value.partition("=")
+        if name not in names:
+            raise click.BadParameter(
+                f"{value!r}: there is no limit {name!r}; give {', '.join(names)}, as nodes=2000000"
+            )
+        try:
+            changed[name] = int(float(number))
+        except (ValueError, OverflowError):
+            raise click.BadParameter(f"{value!r}: give a number, as {name}=2000000 or {name}=2e6") from None
+    return replace(DEFAULT_LIMITS, **changed)
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,6 +59,12 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="Write the report to FILE instead of stdout."),
             click.option("-q", "--quiet", is_flag=True, help="No report on stdout, no progress."),
             click.option("-v", "--verbose", is_flag=True, help="Every layer and every skipped part."),
+            click.option("--allow-root", "allow_roots", multiple=True, metavar="DIR",
+                         type=click.Path(exists=True, file_okay=False, path_type=Path),
+                         help="Read external data that lies below DIR too, not only below the model's folder."),
+            click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", callback=limit_numbers,
+                         help="What a file may cost however small it is: nodes, work, memory, entries, seconds. See "
+                         "docs/security.md."),
             click.option("--debug", is_flag=True, help="Show the traceback of an error."),
         )
     ):  # fmt: skip

@@ -8,6 +8,7 @@ import click
 
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.options import common, deliver, protect, share, terminal_style
+from onnx_clp.limits import Limits
 
 
 def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -47,6 +48,8 @@ def command(  # one parameter an option
     form: str,
     output: Path | None,
     shapes: dict[str, tuple[int, ...]],
+    allow_roots: tuple[Path, ...],
+    limits: Limits,
     *,
     count_dead: bool,
     quiet: bool,
@@ -79,6 +82,8 @@ def command(  # one parameter an option
         in_place=in_place,
         dry_run=dry_run,
         input_shapes=shapes,
+        allow_roots=allow_roots,
+        limits=limits,
     )
     protect(output, (*report.before.data_files, *(Path(report.destination).parent / name for name in report.files)))
     rendered = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.options import common, complain, deliver, protect, share, terminal_style
 from onnx_clp.defaults import check_u
 from onnx_clp.errors import ModelFileError, OnnxClpError
+from onnx_clp.limits import Limits
 
 if TYPE_CHECKING:
     from onnx_clp.analysis import ScanReport
@@ -46,6 +48,8 @@ def command(  # one parameter an option
     limit: float | None,
     form: str,
     output: Path | None,
+    allow_roots: tuple[Path, ...],
+    limits: Limits,
     *,
     count_dead: bool,
     quiet: bool,
@@ -58,12 +62,14 @@ def command(  # one parameter an option
     PATH is an ONNX file, or a folder, of which every *.onnx below is scanned. A channel stands out where the upper
     bound of its Lipschitz constant exceeds mean + u·std of its layer.
     """
+    from onnx_clp.analysis import scan
     from onnx_clp.report import json, text  # as late as onnx and NumPy
 
     check_u(u)
     files = list(_files(paths))
     protect(output, [entry for entry in files if isinstance(entry, Path)])
-    outcomes = list(_scan_all(files, u, count_dead=count_dead, quiet=quiet))
+    scan_one = partial(scan, u=u, count_dead=count_dead, allow_roots=allow_roots, limits=limits)
+    outcomes = list(_scan_all(files, scan_one, quiet=quiet))
     for outcome in outcomes:
         if outcome.error is not None:
             complain(outcome.error, debug=debug)
@@ -91,9 +97,8 @@ def _files(paths: Sequence[Path]) -> Iterator[Path | Outcome]:
             yield Outcome(os.fspath(path), error=error)
 
 
-def _scan_all(files: list[Path | Outcome], u: float, *, count_dead: bool, quiet: bool) -> Iterable[Outcome]:
+def _scan_all(files: list[Path | Outcome], scan_one: Callable[[Path], ScanReport], *, quiet: bool) -> Iterable[Outcome]:
     """Scan one file after the other; one that cannot be read does not stop the others."""
-    from onnx_clp.analysis import scan
     from onnx_clp.report.outcome import Outcome
 
     hidden = quiet or len(files) == 1 or not sys.stderr.isatty()
@@ -103,7 +108,7 @@ def _scan_all(files: list[Path | Outcome], u: float, *, count_dead: bool, quiet:
                 yield entry
                 continue
             try:
-                yield Outcome(os.fspath(entry), report=scan(entry, u, count_dead=count_dead))
+                yield Outcome(os.fspath(entry), report=scan_one(entry))
             except OnnxClpError as error:
                 yield Outcome(os.fspath(entry), error=error)
             except Exception as error:  # noqa: BLE001  # one file that trips the scanner must not hide the others

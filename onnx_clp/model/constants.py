@@ -15,10 +15,11 @@ from typing import Final
 import numpy as np
 import onnx
 
+from onnx_clp.errors import PayloadError
 from onnx_clp.model.file import ModelFile
 from onnx_clp.model.fold import OPERATORS, compute, compute_shape
 from onnx_clp.model.graph import MISSING, Graph, Node
-from onnx_clp.model.tensors import Array, PayloadError, Place, Stored, place, read, stored
+from onnx_clp.model.tensors import Array, Place, Stored, place, read, stored
 
 EAGER_LIMIT: Final = 4096
 """Elements up to which arithmetic on shapes, axes and scales is worth doing before anybody asks."""

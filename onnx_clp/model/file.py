@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
@@ -13,6 +13,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnx_clp.errors import ModelFileError
+from onnx_clp.limits import DEFAULT_LIMITS, Limits, Meter
 from onnx_clp.model.edits import Message, Span
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
@@ -41,13 +42,16 @@ class ModelFile:
     """An open ONNX file.
 
     ``proto`` is the model without its payloads: a tensor's ``raw_data`` holds the ticket of its payload in ``layout``
-    and a node's ``doc_string`` that of its place.
+    and a node's ``doc_string`` that of its place. Data files may lie below the folder of ``path`` or of ``allow_roots``;
+    ``meter`` counts what the analysis of this file costs.
     """
 
     path: Path
     source: ByteSource
     proto: onnx.ModelProto
     layout: Layout
+    meter: Meter
+    allow_roots: tuple[Path, ...] = ()
     _data: dict[str, ByteSource | ModelFileError] = field(default_factory=dict, repr=False)
 
     def payload(self, tensor: onnx.TensorProto) -> Payload | None:
@@ -72,7 +76,8 @@ class ModelFile:
         """The external data file that the model calls ``location``; raises ModelFileError where it is refused."""
         if location not in self._data:
             try:
-                self._data[location] = ByteSource(self._contained(location))
+                self._data[location] = source = ByteSource(self._contained(location))
+                self.meter.grant(source.size)
             except ModelFileError as error:
                 self._data[location] = error
         known = self._data[location]
@@ -125,23 +130,30 @@ def _roots(folder: Path) -> Iterator[Path]:
             return
 
 
-def open_model(path: Path) -> ModelFile:
+def open_model(path: Path, allow_roots: Sequence[Path] = (), limits: Limits = DEFAULT_LIMITS) -> ModelFile:
     """Open the ONNX file at ``path``.
+
+    Args:
+        path: The file.
+        allow_roots: Folders beside its own in which its external data may lie.
+        limits: What its analysis may cost.
 
     Raises ModelFileError where it is missing, unreadable, empty, truncated, corrupt, or no ONNX model.
     """
     source = ByteSource(path)
     try:
-        return open_source(source)
+        return open_source(source, allow_roots, limits)
     except BaseException:
         source.close()
         raise
 
 
-def open_source(source: ByteSource) -> ModelFile:
+def open_source(source: ByteSource, allow_roots: Sequence[Path] = (), limits: Limits = DEFAULT_LIMITS) -> ModelFile:
     """The ONNX model in the open ``source``, which closing the model closes; otherwise as ``open_model``."""
+    meter = Meter(limits)
+    meter.grant(source.size)
     skeleton, layout = _walk_model(source)
-    return ModelFile(source.path, source, _parse(source.path, skeleton), layout)
+    return ModelFile(source.path, source, _parse(source.path, skeleton), layout, meter, tuple(allow_roots))
 
 
 def _walk_model(source: ByteSource) -> tuple[bytes, Layout]:

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from onnx_clp.errors import PayloadError
 from onnx_clp.model.graph import Node
-from onnx_clp.model.tensors import SPARSE_LIMIT, Array, PayloadError
+from onnx_clp.model.tensors import SPARSE_LIMIT, Array
 
 Operands = list[Array | None]
 

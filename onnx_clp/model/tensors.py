@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_clp.errors import ModelFileError, OnnxClpError
+from onnx_clp.errors import ModelFileError, PayloadError
 from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA
@@ -25,18 +25,6 @@ Array = npt.NDArray[Any]
 
 ELEMENT_LIMIT: Final = 1 << 40
 """Elements that a tensor may declare; more cannot be addressed by what follows, and no file holds so many."""
-
-
-class PayloadError(OnnxClpError):
-    """The elements of one tensor cannot be had; the message says why and becomes the detail of a skipped layer.
-
-    Attributes:
-        reason: In one word: ``unreadable``, ``no-data``, ``shape``, ``dynamic-weight`` or ``custom-operator``.
-    """
-
-    def __init__(self, message: str, reason: str = "unreadable") -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

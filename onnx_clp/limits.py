@@ -1,0 +1,91 @@
+"""What a file may cost, and the meter that keeps to it.
+
+A file of a few kilobytes can ask for terabytes: a shape without data, twenty concatenations of a thing with itself,
+functions that call functions twice each. What a scan spends is therefore bounded by the bytes that are there, on disk:
+
+    spent ≤ limit + rate · (bytes of the model + bytes of the data files it reads)
+
+The limit is what any file gets, however small, and can be changed; the rate lets a large model cost more than a small
+one. Spending is counted in numbers touched and not in seconds, so that a scan says the same on every machine. What
+would go beyond is not analysed and reported so, with the reason ``limit``; it is never taken for clean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+from onnx_clp.errors import PayloadError, UsageError
+
+WORK_PER_BYTE: Final = 4096
+"""Multiply-adds that a byte on disk pays for. A kernel of r rows and m ≤ r columns costs about m/4 + 3·m²/r a byte,
+so a square kernel matrix may have a side of a thousand, a hundred times what networks have."""
+
+MEMORY_PER_BYTE: Final = 16
+"""Bytes in memory that a byte on disk pays for: a weight of one byte becomes a float64, and two are there at once."""
+
+ELEMENT_WORK: Final = 16
+"""What touching one number costs, in multiply-adds of a matrix product: it is bound by memory, the product is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What any file may cost, however small it is; a field each is what ``--limit`` changes.
+
+    Attributes:
+        nodes: Nodes after functions are expanded. An expanded node takes about 2 kB. The largest public models have
+            some 100,000.
+        work: Multiply-adds: 2³⁵ are about two seconds of one core.
+        memory: Bytes of arrays held at once: 256 MiB.
+        entries: Folder entries looked at to find the other names of a hard link.
+        seconds: Of onnxruntime, for loading and running what was written.
+    """
+
+    nodes: int = 1_000_000
+    work: int = 1 << 35
+    memory: int = 1 << 28
+    entries: int = 1_000_000
+    seconds: int = 600
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not 0 < value < 1 << 62:
+                raise UsageError(f"the limit {field.name} is {value}", "give a number above 0")
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+class Meter:
+    """Counts what one scan spends against its limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._disk = 0
+        self._work = 0
+        self._memory = 0
+
+    def grant(self, size: int) -> None:
+        """Count ``size`` bytes that are on disk."""
+        self._disk += size
+
+    def work(self, amount: int) -> None:
+        """Spend ``amount`` multiply-adds. Raises PayloadError with the reason ``limit`` where that is too much."""
+        self._work += amount
+        if self._work > self.limits.work + WORK_PER_BYTE * self._disk:
+            raise PayloadError("analysing it would take more work than a file of this size is given", "limit")
+
+    def touch(self, elements: int) -> None:
+        """Spend the work of making or reading ``elements`` numbers."""
+        self.work(ELEMENT_WORK * elements)
+
+    def fits(self, size: int) -> None:
+        """Raise PayloadError with the reason ``limit`` where ``size`` more bytes in memory would be too many."""
+        if self._memory + size > self.limits.memory + MEMORY_PER_BYTE * self._disk:
+            raise PayloadError("analysing it would take more memory than a file of this size is given", "limit")
+
+    def hold(self, size: int) -> None:
+        """Count ``size`` bytes that stay in memory until the end of the scan. Raises as ``fits`` does."""
+        self.fits(size)
+        self._memory += size
