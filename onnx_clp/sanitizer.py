@@ -161,9 +161,8 @@ def sanitize(  # each option is one of the command's
     if not 0 <= max_share <= 1:
         raise UsageError(f"the largest share is {max_share}", "give a share between 0 and 1")
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
-    options = Options(
-        u, count_dead, max_share, metadata, force, in_place, dry_run, shapes, tuple(map(Path, allow_roots)), limits
-    )
+    roots = tuple(map(Path, allow_roots))
+    options = Options(u, count_dead, max_share, metadata, force, in_place, dry_run, shapes, roots, limits)
     source = ByteSource(Path(src))
     try:
         with sha256_meanwhile(source) as digest:

@@ -35,9 +35,7 @@ def limit_numbers(_: click.Context, __: click.Parameter, values: tuple[str, ...]
     for value in values:
         name, _equals, number = value.partition("=")
         if name not in names:
-            raise click.BadParameter(
-                f"{value!r}: there is no limit {name!r}; give {', '.join(names)}, as nodes=2000000"
-            )
+            raise click.BadParameter(f"{value!r}: the limits are {', '.join(names)}; give one as nodes=2000000")
         try:
             changed[name] = int(float(number))
         except (ValueError, OverflowError):

@@ -42,8 +42,8 @@ class ModelFile:
     """An open ONNX file.
 
     ``proto`` is the model without its payloads: a tensor's ``raw_data`` holds the ticket of its payload in ``layout``
-    and a node's ``doc_string`` that of its place. Data files may lie below the folder of ``path`` or of ``allow_roots``;
-    ``meter`` counts what the analysis of this file costs.
+    and a node's ``doc_string`` that of its place. Data files may lie below the folder of ``path`` or
+    ``allow_roots``; ``meter`` counts what the analysis of this file costs.
     """
 
     path: Path
