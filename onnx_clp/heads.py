@@ -7,6 +7,7 @@ on the way makes it no head, unless what follows pools the features and turns th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,7 +57,7 @@ class Heads:
 
 
 class _Walk:
-    """Walks back from the outputs until nothing changes, since a loop can carry a value back."""
+    """Walks back from the outputs, and again wherever something changed, since a loop can carry a value back."""
 
     def __init__(self, graph: Graph, constants: Constants) -> None:
         self.graph = graph
@@ -67,25 +68,37 @@ class _Walk:
         """Values on a way on which pooled features become class scores."""
 
     def run(self) -> Heads:
-        sizes: tuple[int, ...] = ()
-        while sizes != (sizes := (len(self.trained_after), len(self.answers), len(self.pooled_answers))):
-            for node in reversed(self.graph.nodes):
-                if node.index in self.graph.live:
-                    self.step(node)
+        pending = [node for node in self.graph.nodes if node.index in self.graph.live]
+        waiting = {node.index for node in pending}
+        while pending:
+            node = pending.pop()
+            waiting.discard(node.index)
+            for value in self.step(node):
+                maker = self.graph.producers.get(value)
+                if maker is not None and maker.index in self.graph.live and maker.index not in waiting:
+                    waiting.add(maker.index)
+                    pending.append(maker)
         return Heads(frozenset(self.trained_after), frozenset(self.answers))
 
-    def step(self, node: Node) -> None:
+    def step(self, node: Node) -> set[int]:
+        """Carry what is known of what ``node`` makes to what it reads; the values of which more is known since."""
         read = {value for value in (*node.inputs, *node.carried) if value != MISSING}
         made = {value for value in node.outputs if value != MISSING}
+        changed: set[int] = set()
         if made & self.trained_after or self.is_trained(node):
             # Regions say where features are looked at; they are answers, not features.
-            self.trained_after |= read - set(node.inputs[1:]) if node.op_type in _REGION_POOLS else read
+            trained = read - set(node.inputs[1:]) if node.op_type in _REGION_POOLS else read
+            changed |= trained - self.trained_after
+            self.trained_after |= trained
         if (node.op_type in _SCORES and made & self.answers) or (
             node.op_type in _POOLED_WAY and made & self.pooled_answers
         ):
+            changed |= read - self.pooled_answers
             self.pooled_answers |= read
         if made & (self.pooled_answers if self.is_activation(node) else self.answers):
+            changed |= read - self.answers
             self.answers |= read
+        return changed
 
     def is_trained(self, node: Node) -> bool:
         """Whether ``node`` holds weights of its own, other than a fixed projection."""
@@ -112,6 +125,7 @@ class _Walk:
             return kernel is not None and bool(np.array_equal(kernel.ravel(), np.arange(kernel.size)))
         if node.op_type == "ConvTranspose" and shape[1] == 1 and node.integer("group", 1) == shape[0] > 1:
             try:
+                self.constants.meter.fits(math.prod(shape))
                 kernel = self.constants.array(weight)
             except PayloadError:
                 return False

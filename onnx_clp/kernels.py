@@ -5,7 +5,9 @@ A kernel is in memory only while its own channels are measured.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +15,20 @@ import numpy.typing as npt
 from onnx_clp.bounds import spectral_norms
 from onnx_clp.errors import PayloadError
 from onnx_clp.flow import Joined, Normalised, Produced, Scaled, Source, Summed, Trace
+from onnx_clp.limits import Meter
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import Node
-from onnx_clp.operators import kernel
+from onnx_clp.operators import kernel, linear
 from onnx_clp.sites import Reason, Site, Skipped, Survey
 
 Bounds = npt.NDArray[np.float64]
+
+
+REPORTED: Final = 72
+"""Bytes that a bound takes until the end: in its array, as a float of Python in a tuple, and as text."""
+
+SQUARINGS: Final = 9
+"""Products of two m × m matrices that the largest eigenvalue of one takes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,23 +43,36 @@ def measure(survey: Survey, trace: Trace, constants: Constants) -> tuple[tuple[M
     """The bounds of every site, and the sites whose constants turned out to be unreadable."""
     needed = _needed(survey, trace)
     results: dict[int, Bounds | PayloadError] = {}
+    held = 0
     for index in sorted(needed):
         try:
-            results[index] = _evaluate(trace.sources[index], results, constants)
+            results[index] = result = _evaluate(trace.sources[index], results, constants)
+            constants.meter.hold(result.nbytes)
+            held += result.nbytes
         except PayloadError as error:
             results[index] = error
+    constants.meter.release(held)  # all but the bounds of the sites are gone with ``results``
     measured: list[Measured] = []
     unreadable: list[Skipped] = []
     for site in survey.sites:
-        result = results[site.source]
-        if isinstance(result, PayloadError):
-            unreadable.append(Skipped(site.node.name, site.node.op_type, Reason(result.reason), result.message))
-        elif result.shape != (site.channels,):
-            detail = f"{result.size} bounds for {site.channels} channels"
+        bounds = results[site.source]
+        if isinstance(bounds, PayloadError):
+            unreadable.append(_unreadable(site, bounds))
+        elif bounds.shape != (site.channels,):
+            detail = f"{bounds.size} bounds for {site.channels} channels"
             unreadable.append(Skipped(site.node.name, site.node.op_type, Reason.SHAPE, detail))
         else:
-            measured.append(Measured(site, result))
+            try:
+                constants.meter.hold(REPORTED * site.channels)
+            except PayloadError as error:
+                unreadable.append(_unreadable(site, error))
+            else:
+                measured.append(Measured(site, bounds))
     return tuple(measured), tuple(unreadable)
+
+
+def _unreadable(site: Site, error: PayloadError) -> Skipped:
+    return Skipped(site.node.name, site.node.op_type, Reason(error.reason), error.message)
 
 
 def _needed(survey: Survey, trace: Trace) -> set[int]:
@@ -78,21 +101,56 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
         return result
 
     if isinstance(part, Produced):
-        return spectral_norms(kernel(part.node, constants))
+        return _norms(part.node, constants)
     with np.errstate(all="ignore"):  # Inf and NaN are findings, not warnings
         if isinstance(part, Normalised):
             return of(part.source) * normalisation_factors(part.node, constants)
         if isinstance(part, Scaled):
             return of(part.source) * _factors(part, constants)
         if isinstance(part, Summed):
-            return np.asarray(np.sqrt(np.sum([np.square(of(index)) for index in part.sources], axis=0)))
+            return _root_of_squares([of(index) for index in part.sources], constants.meter)
         if isinstance(part, Joined):
-            return np.concatenate([of(index) for index in part.sources])
+            pieces = [of(index) for index in part.sources]
+            size = sum(piece.size for piece in pieces)
+            constants.meter.touch(size)
+            constants.meter.fits(np.dtype(np.float64).itemsize * size)
+            return np.concatenate(pieces)
+        constants.meter.touch(part.indices.size)
         return of(part.source)[part.indices]
+
+
+def _norms(node: Node, constants: Constants) -> Bounds:
+    """The spectral norms of the kernel of the linear operator ``node``."""
+    weight = linear(node)
+    assert weight is not None
+    shape = constants.shape(node.inputs[weight.weight]) or ()
+    # A constant may be one number that stands for very many, a kernel is an array of its own.
+    constants.meter.fits(np.dtype(np.float32).itemsize * math.prod(shape))
+    matrices = kernel(node, constants)
+    channels, rows, columns = matrices.shape
+    side = min(rows, columns)
+    constants.meter.touch(matrices.size)
+    constants.meter.work(channels * (rows * columns * side + (SQUARINGS * side**3 if side > 1 else 0)))
+    constants.meter.fits(_GRAM_ARRAYS * np.dtype(np.float64).itemsize * side**2)
+    return spectral_norms(matrices)
+
+
+_GRAM_ARRAYS: Final = 6
+"""Arrays of the size of one Gram matrix that are there at once."""
+
+
+def _root_of_squares(terms: list[Bounds], meter: Meter) -> Bounds:
+    """√(Σ b²) of each channel, of terms of one shape."""
+    total = np.zeros_like(terms[0])
+    for term in terms:
+        meter.touch(term.size)
+        total += np.square(term)
+    return np.asarray(np.sqrt(total))
 
 
 def _factors(part: Scaled, constants: Constants) -> Bounds:
     """The largest |constant| of each channel, shape (channels,), or of all, shape ()."""
+    constants.meter.fits(np.dtype(np.float64).itemsize * math.prod(constants.shape(part.constant) or ()))
     factor = np.abs(constants.array(part.constant).astype(np.float64))
     if part.divides:
         factor = 1 / factor

@@ -28,20 +28,24 @@ ELEMENT_WORK: Final = 16
 """What touching one number costs, in multiply-adds of a matrix product: it is bound by memory, the product is not."""
 
 
+STEP_WORK: Final = 1 << 14
+"""What a step costs that touches few numbers, in the same unit: a microsecond of Python."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What any file may cost, however small it is; a field each is what ``--limit`` changes.
 
     Attributes:
-        nodes: Nodes after functions are expanded. An expanded node takes about 2 kB. The largest public models have
-            some 100,000.
+        nodes: Nodes, every call of a function counted, and tensors. A node takes about 2 kB in memory and 20 µs; the
+            largest public models have some 100,000.
         work: Multiply-adds: 2³⁵ are about two seconds of one core.
         memory: Bytes of arrays held at once: 256 MiB.
         entries: Folder entries looked at to find the other names of a hard link.
         seconds: Of onnxruntime, for loading and running what was written.
     """
 
-    nodes: int = 1_000_000
+    nodes: int = 250_000
     work: int = 1 << 35
     memory: int = 1 << 28
     entries: int = 1_000_000
@@ -58,7 +62,7 @@ DEFAULT_LIMITS: Final = Limits()
 
 
 class Meter:
-    """Counts what one scan spends against its limits."""
+    """Counts what is spent on one file against its limits."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -70,6 +74,10 @@ class Meter:
         """Count ``size`` bytes that are on disk."""
         self._disk += size
 
+    def begin(self) -> None:
+        """Begin another stage, such as planning a rewrite: its work is counted anew, and what is held stays held."""
+        self._work = 0
+
     def work(self, amount: int) -> None:
         """Spend ``amount`` multiply-adds. Raises PayloadError with the reason ``limit`` where that is too much."""
         self._work += amount
@@ -77,8 +85,8 @@ class Meter:
             raise PayloadError("analysing it would take more work than a file of this size is given", "limit")
 
     def touch(self, elements: int) -> None:
-        """Spend the work of making or reading ``elements`` numbers."""
-        self.work(ELEMENT_WORK * elements)
+        """Spend the work of one step that makes or reads ``elements`` numbers."""
+        self.work(STEP_WORK + ELEMENT_WORK * elements)
 
     def fits(self, size: int) -> None:
         """Raise PayloadError with the reason ``limit`` where ``size`` more bytes in memory would be too many."""
@@ -89,3 +97,7 @@ class Meter:
         """Count ``size`` bytes that stay in memory until the end of the scan. Raises as ``fits`` does."""
         self.fits(size)
         self._memory += size
+
+    def release(self, size: int) -> None:
+        """Count ``size`` bytes as held no more."""
+        self._memory -= size

@@ -126,13 +126,15 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Le
 def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice, ...], tuple[Left, ...]]:
     """Plan the edits; a site whose channels cannot be silenced is left, and the others planned anew without it."""
     refused: list[Left] = []
+    analysis.constants.meter.begin()
     while True:
         try:
             changes = plan(
                 analysis.constants, analysis.graph, [(choice.part.site.knobs, choice.channels) for choice in wanted]
             )
         except PayloadError as error:
-            raise UsageError(f"a constant cannot be rewritten: {error.message}") from error
+            hint = "--limit work=… gives it more" if error.reason == "limit" else ""
+            raise UsageError(f"a constant cannot be rewritten: {error.message}", hint) from error
         if not changes.refused:
             return changes, tuple(wanted), tuple(refused)
         for position, reason in changes.refused.items():

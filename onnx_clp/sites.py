@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Final
 
 from onnx_clp.errors import PayloadError
-from onnx_clp.flow import Flow, Joined, Lost, Produced, Summed, Trace
+from onnx_clp.flow import Flow, Joined, Lost, Produced, Source, Summed, Trace
 from onnx_clp.heads import heads
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
@@ -110,6 +110,10 @@ NAMED_OPERATORS: Final = 64
 """Linear operators that a site names; a BN behind a hundred concatenated layers names the nearest."""
 
 
+LOOKED_AT: Final = 256
+"""Sums and concatenations looked through for these names; behind ten thousand of them nobody reads on."""
+
+
 class _Surveyor:
     """The answers to the four questions for one graph."""
 
@@ -123,6 +127,8 @@ class _Surveyor:
         self.normalised: set[int] = set()
         self.blocked: dict[int, Skipped] = {}
         self.seen_sources: set[int] = set()
+        self.defaults = _defaults(graph, constants)
+        self.junction = _junctions(trace)
         self.produced = {part.node.index: i for i, part in enumerate(trace.sources) if isinstance(part, Produced)}
 
     def run(self) -> Survey:
@@ -263,29 +269,41 @@ class _Surveyor:
         )
 
     def operators(self, source: int) -> tuple[list[Node], str]:
-        """Up to NAMED_OPERATORS of the operators a source is made of, all of them marked covered, and how they join."""
+        """Up to NAMED_OPERATORS of the operators a source is made of, the nearest first, and how they join.
+
+        All of them are marked as covered.
+        """
+        self.cover(source)
         named: list[Node] = []
         joint = ""
-        pending = deque([source])
-        local: set[int] = set()
+        pending = deque([self.junction[source]])
+        met = {self.junction[source]}
+        for _ in range(LOOKED_AT):
+            if not pending or len(named) >= NAMED_OPERATORS:
+                break
+            part = self.trace.sources[pending.popleft()]
+            if isinstance(part, Produced):
+                named.append(part.node)
+            elif isinstance(part, Summed | Joined):
+                joint = joint or ("Sum" if isinstance(part, Summed) else "Concat")
+                for index in map(self.junction.__getitem__, part.sources):
+                    if index not in met:
+                        met.add(index)
+                        pending.append(index)
+        return named, joint
+
+    def cover(self, source: int) -> None:
+        """Mark every operator that ``source`` is made of; each source is looked at once in all."""
+        pending = [source]
         while pending:
-            index = pending.popleft()
-            known = index in self.seen_sources
-            if index in local or (known and len(named) >= NAMED_OPERATORS):
+            index = pending.pop()
+            if index in self.seen_sources:
                 continue
-            local.add(index)
             self.seen_sources.add(index)
             part = self.trace.sources[index]
             if isinstance(part, Produced):
                 self.covered.add(part.node.index)
-                if len(named) < NAMED_OPERATORS:
-                    named.append(part.node)
-            elif isinstance(part, Summed | Joined):
-                joint = joint or ("Sum" if isinstance(part, Summed) else "Concat")
-                pending.extend(part.sources)
-            else:
-                pending.append(part.source)
-        return named, joint
+            pending += _parts(part)
 
     def escapes(self, node: Node) -> bool:
         """Whether something reads the channels of ``node`` alone and no judged normalisation stands before it.
@@ -398,19 +416,37 @@ class _Surveyor:
     def overridable(self, knobs: tuple[Knob, ...]) -> tuple[str, ...]:
         """Names of graph inputs with a default among what the knobs' constants are made of."""
         names: dict[str, None] = {}
-        pending = [knob.node.inputs[knob.position] for knob in knobs]
-        seen: set[int] = set()
-        while pending:
-            value = pending.pop()
-            if value in seen or value == MISSING:
-                continue
-            seen.add(value)
-            if value in self.graph.overridable:
+        for knob in knobs:
+            for value in self.defaults.get(knob.node.inputs[knob.position], ()):
                 names[self.graph.name_of(value)] = None
-            maker = self.graph.producers.get(value)
-            if maker is not None:
-                pending += maker.inputs
         return tuple(names)
+
+
+def _defaults(graph: Graph, constants: Constants) -> dict[int, tuple[int, ...]]:
+    """For each constant that is made of graph inputs with a default, up to NAMED_OPERATORS of these inputs."""
+    found: dict[int, tuple[int, ...]] = {value: (value,) for value in graph.overridable}
+    for node in graph.nodes if found else ():
+        made = [value for value in node.outputs if value != MISSING and constants.get(value) is not None]
+        if made:
+            given = dict.fromkeys(default for value in node.inputs for default in found.get(value, ()))
+            found |= dict.fromkeys(made, tuple(given)[:NAMED_OPERATORS])
+    return found
+
+
+def _parts(part: Source) -> tuple[int, ...]:
+    """What a source is built of."""
+    if isinstance(part, Summed | Joined):
+        return part.sources
+    return () if isinstance(part, Produced) else (part.source,)
+
+
+def _junctions(trace: Trace) -> list[int]:
+    """For each source the nearest one below it, or itself, that is an operator or where several come together."""
+    found: list[int] = []
+    for index, part in enumerate(trace.sources):
+        below = _parts(part)
+        found.append(found[below[0]] if len(below) == 1 else index)
+    return found
 
 
 def _is_batch_normalization(node: Node) -> bool:

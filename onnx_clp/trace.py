@@ -19,6 +19,7 @@ from onnx_clp.flow import Flow, Indices, Joined, Lost, Normalised, Picked, Produ
 from onnx_clp.model.constants import UNFIT, Constants
 from onnx_clp.model.fold import slices
 from onnx_clp.model.graph import MISSING, Graph, Node
+from onnx_clp.model.tensors import ELEMENT_LIMIT
 from onnx_clp.operators import channel_count, linear
 from onnx_clp.shapes import Shapes
 
@@ -90,8 +91,11 @@ class _Tracer:
 
     def run(self) -> Trace:
         for node in self.graph.nodes:
+            result: Result
             try:
                 result = self.result(node)
+            except PayloadError as error:
+                result = Lost(node.full_op_type, error)
             except (*UNFIT, ZeroDivisionError):  # a node that does not fit its inputs loses their channels
                 result = None
             if result is None:
@@ -122,8 +126,15 @@ class _Tracer:
         self.sources.append(source)
         return len(self.sources) - 1
 
+    def numbered(self, channels: int) -> Indices:
+        """0, 1, 2 … for ``channels`` channels, which may be as many as somebody likes to declare."""
+        self.constants.meter.touch(channels)
+        self.constants.meter.fits(channels * np.dtype(np.int64).itemsize)
+        return np.arange(channels)
+
     def pick(self, flow: Flow, indices: Indices) -> Flow:
         """The channels ``indices`` of ``flow``."""
+        self.constants.meter.hold(indices.nbytes)
         return replace(flow, source=self.add(Picked(flow.source, indices)), sizes=(len(indices),))
 
     def flow(self, value: int) -> Flow | Lost:
@@ -233,8 +244,11 @@ class _Tracer:
             if flow.axes != (axis,):
                 return None
             flows.append(flow)
+        channels = sum(flow.channels for flow in flows)
+        if channels > ELEMENT_LIMIT:  # doubled again and again
+            return None
         source = self.add(Joined(tuple(flow.source for flow in flows)))
-        return Flow(source, (sum(flow.channels for flow in flows),), (axis,))
+        return Flow(source, (channels,), (axis,))
 
     # -- operators of one input --------------------------------------------------------------------------------------
 
@@ -290,7 +304,8 @@ class _Tracer:
         fits = sizes is not None and len(sizes) == len(node.outputs) and sum(sizes) == flow.channels
         if sizes is None or not fits or min(sizes) < 0 or flow.axis is None:
             return None
-        return [self.pick(flow, np.arange(end - size, end)) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+        numbers = self.numbered(flow.channels)
+        return [self.pick(flow, numbers[end - size : end]) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
 
     def slice(self, node: Node, flow: Flow) -> Result:
         rank = self.shapes.rank(node.inputs[0])
@@ -305,7 +320,7 @@ class _Tracer:
             return flow if rank is not None or min(taken) >= 0 else None
         if flow.axis is None or rank is None:
             return None
-        return self.pick(flow, np.arange(flow.channels)[taken[flow.axis]])
+        return self.pick(flow, self.numbered(flow.channels)[taken[flow.axis]])
 
     def gather(self, node: Node, flow: Flow) -> Result:
         indices, axis = self.shapes.numbers(node.input(1)), self.shapes.axis(node, 0)
@@ -334,7 +349,8 @@ class _Tracer:
         order = sorted(range(len(moved)), key=moved.__getitem__)
         source = flow.source
         if order != sorted(order):
-            source = self.add(Picked(source, np.arange(flow.channels).reshape(flow.sizes).transpose(order).ravel()))
+            numbers = self.numbered(flow.channels).reshape(flow.sizes)
+            source = self.pick(flow, numbers.transpose(order).ravel()).source
         return Flow(
             source, tuple(flow.sizes[position] for position in order), tuple(moved[position] for position in order)
         )

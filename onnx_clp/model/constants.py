@@ -17,7 +17,7 @@ import onnx
 
 from onnx_clp.errors import PayloadError
 from onnx_clp.model.file import ModelFile
-from onnx_clp.model.fold import OPERATORS, compute, compute_shape
+from onnx_clp.model.fold import OPERATORS, VIEWS, compute, compute_shape
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import Array, Place, Stored, place, read, stored
 
@@ -39,6 +39,9 @@ class Derived:
         return math.prod(self.shape)
 
 
+_WIDEST: Final = 8
+"""Bytes of the widest element."""
+
 RECENT_LIMIT: Final = 1024
 """Small results that are kept, so that a chain of constants is not computed anew for each of its links."""
 
@@ -53,6 +56,7 @@ class Constants:
     """The constants of a graph, by value."""
 
     def __init__(self, file: ModelFile, graph: Graph) -> None:
+        self.meter = file.meter
         self._file = file
         self._graph = graph
         self._known: dict[int, Constant] = {}
@@ -117,8 +121,12 @@ class Constants:
         return self._compute(step, [data, *operands])
 
     def evaluate(self, constant: Constant) -> Array:
-        """The elements of ``constant``, computed without recursion and each shared operand once."""
+        """The elements of ``constant``, computed without recursion and each shared operand once.
+
+        Raises PayloadError where they cannot be read, do not fit an operator, or would cost too much.
+        """
         done: dict[int, Array] = {}
+        held = 0
         pending: list[Constant] = [constant]
         while pending:
             top = pending[-1]
@@ -135,11 +143,18 @@ class Constants:
                 if missing:
                     pending += missing
                 else:
+                    held += self._size_in_memory(top)
+                    self.meter.fits(held)
                     operands = [None if operand is None else done[id(operand)] for operand in top.operands]
                     done[id(top)] = self._compute(top, operands)
         return done[id(constant)]
 
+    def _size_in_memory(self, derived: Derived) -> int:
+        """How many bytes the elements of ``derived`` take at most."""
+        return 0 if derived.node.op_type in VIEWS else _WIDEST * derived.size
+
     def _compute(self, derived: Derived, operands: list[Array | None]) -> Array:
+        self.meter.touch(0 if derived.node.op_type in VIEWS else derived.size)
         try:
             array = compute(derived.node, operands)
         except UNFIT as error:
@@ -181,10 +196,12 @@ class Constants:
             self._derive(node, operands)
         except (PayloadError, *UNFIT) as error:
             name = self._graph.name_of(node.outputs[0])
-            self._refused[node.outputs[0]] = PayloadError(f"weight {name!r}: {node.op_type}: {error}")
+            reason = error.reason if isinstance(error, PayloadError) else "unreadable"
+            self._refused[node.outputs[0]] = PayloadError(f"weight {name!r}: {node.op_type}: {error}", reason)
 
     def _derive(self, node: Node, operands: Sequence[Constant | None]) -> None:
         """Find the shape of what ``node`` makes, by the operator itself on stand-ins for large arrays."""
+        self.meter.touch(0)
         stand_ins = [
             None
             if operand is None

@@ -20,8 +20,11 @@ from onnx_clp.errors import ModelFileError
 from onnx_clp.model.file import ModelFile
 from onnx_clp.model.graph import MISSING, Attributes, Graph, Node, Shape
 
-NODE_LIMIT: Final = 1_000_000
-"""Nodes after expansion of the functions; functions calling functions twice each would grow without end."""
+NAME_LIMIT: Final = 1000
+"""Characters of a name with those of the calls and graphs around it, of which each node has its own copy."""
+
+BYTES_PER_NODE: Final = 256
+"""Bytes of a called function that count as one node more: every call reads its names and attributes again."""
 
 CALL_DEPTH_LIMIT: Final = 64
 """Functions calling functions; deeper chains are not found in exported models."""
@@ -53,6 +56,8 @@ class _Builder:
     def __init__(self, file: ModelFile) -> None:
         self.file = file
         self.names: list[str] = []
+        self.count = 0
+        """What the expansion costs so far, in nodes."""
         self.drafts: list[Node] = []
         """Nodes whose place in the order is not known yet: their index is MISSING."""
         self.initializers: dict[int, onnx.TensorProto | onnx.SparseTensorProto] = {}
@@ -61,6 +66,7 @@ class _Builder:
             (_domain(function.domain), _text(function.name), function.overload): function
             for function in file.proto.functions
         }
+        self.sizes = {key: function.ByteSize() for key, function in self.functions.items()}
 
     def value(self, name: str) -> int:
         self.names.append(name)
@@ -68,6 +74,7 @@ class _Builder:
 
     def graph(self, proto: onnx.GraphProto, scope: _Scope) -> None:
         """Add the nodes and initializers of ``proto``, whose inputs ``scope`` may already know."""
+        self.spend(len(proto.initializer) + len(proto.sparse_initializer))
         for tensor in proto.initializer:
             self.initializers[self.declare(tensor.name, scope)] = tensor
         for sparse in proto.sparse_initializer:
@@ -103,13 +110,22 @@ class _Builder:
         # A name that nothing defines: a value of its own, so that what reads it is seen to lack its data.
         return found if found is not None else self.declare(name, scope)
 
+    def spend(self, nodes: int) -> None:
+        """Count ``nodes``. Raises ModelFileError where they are too many."""
+        self.count += nodes
+        limit = self.file.meter.limits.nodes
+        if self.count > limit:
+            raise ModelFileError(
+                f"{self.file.path} has more than {limit:,} nodes and tensors, with every call of a function counted",
+                f"if that is what it should have, raise the limit: --limit nodes={10 * limit}",
+            )
+
     def node(self, proto: onnx.NodeProto, scope: _Scope) -> None:
         """Add one node; a call of a model-local function adds the nodes of its body."""
-        if len(self.drafts) >= NODE_LIMIT:
-            raise ModelFileError(
-                f"{self.file.path} expands to more than {NODE_LIMIT:,} nodes; its functions call too often"
-            )
-        name = scope.path + (_text(proto.name) or next(iter(proto.output), "") or _text(proto.op_type))
+        name = _text(proto.name) or next(iter(proto.output), "") or _text(proto.op_type)
+        self.spend(1)
+        if scope.path:
+            name = (scope.path + name)[:NAME_LIMIT]
         op_type, domain = _text(proto.op_type), _domain(proto.domain)
         inputs = tuple(self.resolve(given, scope) for given in proto.input)
         outputs = tuple(scope.values[made] if made else MISSING for made in proto.output)
@@ -117,10 +133,11 @@ class _Builder:
         key = (domain, op_type, proto.overload)
         function = self.functions.get(key)
         if function is not None:
-            if key in scope.chain or len(scope.chain) >= CALL_DEPTH_LIMIT:
-                raise ModelFileError(
-                    f"{self.file.path} has functions that call each other without end ({proto.op_type})"
-                )
+            if key in scope.chain:
+                raise ModelFileError(f"{self.file.path} has a function that calls itself ({op_type[:80]!r})")
+            if len(scope.chain) >= CALL_DEPTH_LIMIT:
+                raise ModelFileError(f"{self.file.path} has functions that call each other {CALL_DEPTH_LIMIT} deep")
+            self.spend(self.sizes[key] // BYTES_PER_NODE)
             self.function(function, name, inputs, outputs, attributes, (*scope.chain, key))
             return
         subgraphs = [
@@ -146,6 +163,7 @@ class _Builder:
         )
 
     def link(self, op_type: str, name: str, source: Iterable[int], target: int, carried: tuple[int, ...] = ()) -> None:
+        self.spend(1)
         inputs, nothing = tuple(source), MappingProxyType[str, onnx.AttributeProto]({})
         self.drafts.append(Node(MISSING, op_type, "", 0, name, inputs, (target,), nothing, None, carried))
 
@@ -161,7 +179,7 @@ class _Builder:
         """Add the body of ``function`` for one call."""
         defaults = {attribute.name: attribute for attribute in function.attribute_proto}
         opsets = {_domain(entry.domain): entry.version for entry in function.opset_import}
-        scope = _Scope(f"{name}/", opsets, call={**defaults, **attributes}, chain=chain)
+        scope = _Scope(f"{name}/"[:NAME_LIMIT], opsets, call={**defaults, **attributes}, chain=chain)
         for position, formal in enumerate(function.input):
             given = inputs[position] if position < len(inputs) else MISSING
             scope.values[formal] = given if given != MISSING else self.value(formal)
@@ -184,7 +202,9 @@ class _Builder:
         entered: list[tuple[int, ...]] = []
         made: list[tuple[int, ...]] = []
         for attribute, graph in subgraphs:
-            inner = _Scope(f"{name}/{attribute}/", scope.opsets, parent=scope, call=scope.call, chain=scope.chain)
+            inner = _Scope(
+                f"{name}/{attribute}/"[:NAME_LIMIT], scope.opsets, parent=scope, call=scope.call, chain=scope.chain
+            )
             entered.append(tuple(self.declare(info.name, inner) for info in graph.input))
             self.graph(graph, inner)
             made.append(tuple(self.resolve(info.name, inner) for info in graph.output))
@@ -264,7 +284,7 @@ def _attributes(proto: onnx.NodeProto, call: Attributes | None) -> Attributes:
 def build_graph(file: ModelFile) -> Graph:
     """The flat graph of ``file``.
 
-    Raises ModelFileError where functions call each other without end or the graph has more than NODE_LIMIT nodes.
+    Raises ModelFileError where functions call each other without end, or the nodes are more than ``Limits.nodes``.
     """
     try:
         return _build(file)

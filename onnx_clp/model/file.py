@@ -152,13 +152,13 @@ def open_source(source: ByteSource, allow_roots: Sequence[Path] = (), limits: Li
     """The ONNX model in the open ``source``, which closing the model closes; otherwise as ``open_model``."""
     meter = Meter(limits)
     meter.grant(source.size)
-    skeleton, layout = _walk_model(source)
+    skeleton, layout = _walk_model(source, limits.nodes)
     return ModelFile(source.path, source, _parse(source.path, skeleton), layout, meter, tuple(allow_roots))
 
 
-def _walk_model(source: ByteSource) -> tuple[bytes, Layout]:
+def _walk_model(source: ByteSource, limit: int) -> tuple[bytes, Layout]:
     _refuse_foreign(source.path, source.read(0, min(64, source.size)))
-    skeleton, layout = walk(source)
+    skeleton, layout = walk(source, limit)
     if len(skeleton) >= SKELETON_LIMIT:
         raise ModelFileError(f"{source.path} holds 2 GiB or more besides its weights, which protobuf cannot read")
     return skeleton, layout

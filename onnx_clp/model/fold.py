@@ -13,7 +13,7 @@ from onnx import helper
 
 from onnx_clp.errors import PayloadError
 from onnx_clp.model.graph import Node
-from onnx_clp.model.tensors import SPARSE_LIMIT, Array
+from onnx_clp.model.tensors import ELEMENT_LIMIT, Array
 
 Operands = list[Array | None]
 
@@ -29,7 +29,11 @@ def compute_shape(node: Node, operands: Operands) -> tuple[int, ...]:
     if node.op_type in _LIKE_FIRST:
         return tuple(_first(operands).shape)
     if node.op_type in _BROADCASTING:
-        return _broadcast_shape(operands)
+        return np.broadcast_shapes(*(operand.shape for operand in operands if operand is not None))
+    if node.op_type == "Concat":
+        return _concat_shape(node, operands)
+    if node.op_type == "Gather":
+        return _gather_shape(node, operands)
     return tuple(compute(node, operands).shape)
 
 
@@ -84,7 +88,10 @@ def per_axis(parameter: Array, data: Array, axis: int, block: int) -> Array:
     axis = axis if axis >= 0 else axis + data.ndim
     if parameter.ndim == 1:
         return parameter.reshape([-1 if position == axis else 1 for position in range(data.ndim)])
-    repeated = np.repeat(parameter, block, axis)
+    extent, blocks = data.shape[axis], parameter.shape[axis]
+    if not 0 <= (blocks - 1) * block < extent <= blocks * block:
+        raise ValueError(f"{blocks} blocks of {block} do not cover {extent} elements")
+    repeated = np.repeat(parameter, min(block, extent), axis)
     return repeated[tuple(slice(0, size) for size in data.shape)]
 
 
@@ -118,17 +125,8 @@ def _quantize(node: Node, operands: Operands) -> Array:
     return clipped.astype(dtype)
 
 
-def _broadcast_shape(operands: Operands) -> tuple[int, ...]:
-    arrays = [operand for operand in operands if operand is not None]
-    shape = np.broadcast_shapes(*(array.shape for array in arrays))
-    if math.prod(shape) > max(SPARSE_LIMIT, *(array.size for array in arrays)):
-        raise ValueError("it broadcasts to more elements than are made here")
-    return shape
-
-
 def _elementwise(operator: Callable[..., Array]) -> Callable[[Node, Operands], Array]:
     def compute(_: Node, operands: Operands) -> Array:
-        _broadcast_shape(operands)
         return operator(*(operand for operand in operands if operand is not None))
 
     return compute
@@ -149,7 +147,7 @@ def _shape(node: Node, operands: Operands) -> Array:
 
 
 def _grow(shape: Sequence[int]) -> tuple[int, ...]:
-    if math.prod(shape) > SPARSE_LIMIT:
+    if math.prod(shape) > ELEMENT_LIMIT:
         raise ValueError(f"it would have {math.prod(shape):,} elements")
     return tuple(shape)
 
@@ -167,9 +165,15 @@ def _expand(_: Node, operands: Operands) -> Array:
 
 
 def _concat(node: Node, operands: Operands) -> Array:
-    arrays = [operand for operand in operands if operand is not None]
-    _grow([sum(array.size for array in arrays)])
-    return np.concatenate(arrays, node.integer("axis", 0))
+    return np.concatenate([operand for operand in operands if operand is not None], node.integer("axis", 0))
+
+
+def _concat_shape(node: Node, operands: Operands) -> tuple[int, ...]:
+    shapes = [operand.shape for operand in operands if operand is not None]
+    axis = range(len(shapes[0]))[node.integer("axis", 0)]
+    if len({shape[:axis] + shape[axis + 1 :] for shape in shapes}) != 1:
+        raise ValueError("what it joins differs in other axes too")
+    return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
 
 
 def slices(node: Node, operands: Sequence[Array | None], rank: int) -> dict[int, slice]:
@@ -203,9 +207,16 @@ def _gather(node: Node, operands: Operands) -> Array:
     indices = operands[1]
     if indices is None:
         raise ValueError("Gather without indices")
-    data, axis = _first(operands), node.integer("axis", 0)
-    _grow([max(1, data.size // max(1, data.shape[axis])) * max(1, indices.size)])
-    return np.take(data, indices.astype(np.int64), axis=axis)
+    return np.take(_first(operands), indices.astype(np.int64), axis=node.integer("axis", 0))
+
+
+def _gather_shape(node: Node, operands: Operands) -> tuple[int, ...]:
+    indices = operands[1]
+    if indices is None:
+        raise ValueError("Gather without indices")
+    shape = _first(operands).shape
+    axis = range(len(shape))[node.integer("axis", 0)]
+    return _grow((*shape[:axis], *indices.shape, *shape[axis + 1 :]))
 
 
 OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxyType(
@@ -238,5 +249,8 @@ OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxy
 )
 """What each operator makes of constants."""
 
-_LIKE_FIRST: Final = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear"})
+VIEWS: Final = frozenset({"ConstantOfShape", "Expand", "Identity", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators whose result is the operand's memory, seen in another way."""
+
+_LIKE_FIRST: Final = frozenset({"Abs", "Cast", "DequantizeLinear", "Neg", "QuantizeLinear", "Reciprocal", "Sqrt"})
 _BROADCASTING: Final = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper
 
+from onnx_clp.errors import PayloadError
+from onnx_clp.limits import Meter
 from onnx_clp.model.constants import UNFIT, Constant, Constants, Derived
 from onnx_clp.model.edits import Edit, Span, length_delimited
 from onnx_clp.model.fold import per_axis
@@ -113,6 +115,7 @@ class _Planner:
     names: set[str] = field(default_factory=set)
     unshared: list[str] = field(default_factory=list)
     written: set[tuple[int, int]] = field(default_factory=set)
+    held: int = 0
 
     def plan(self, wanted: Sequence[tuple[Sequence[Knob], Sequence[int]]]) -> Plan:
         self.names.update(self.graph.names)
@@ -120,10 +123,9 @@ class _Planner:
         copies: list[tuple[Knob, Array]] = []
         refused: dict[int, str] = {}
         for position, (knobs, channels) in enumerate(wanted):
-            try:
-                changes = [(knob, self.change(knob, channels)) for knob in knobs]
-            except UNFIT:
-                refused[position] = "a constant of it does not have the shape that its operator needs"
+            changes = self.changes(knobs, channels)
+            if isinstance(changes, str):
+                refused[position] = changes
                 continue
             for knob, change in changes:
                 if isinstance(change, _Patch):
@@ -131,6 +133,7 @@ class _Planner:
                 elif change is not None:
                     copies.append((knob, change))
         if refused:
+            self.constants.meter.release(self.held)
             return Plan({}, (), refused)
         owner = {knob.edge: position for position, (knobs, _) in enumerate(wanted) for knob in knobs}
         edits: dict[str, list[Edit]] = defaultdict(list)
@@ -143,6 +146,17 @@ class _Planner:
         edits[""] += own
         refused = {owner[edge]: reason for edge, reason in reasons.items()}
         return Plan({location: tuple(group) for location, group in edits.items()}, tuple(self.unshared), refused)
+
+    def changes(self, knobs: Sequence[Knob], channels: Sequence[int]) -> list[tuple[Knob, _Patch | Array | None]] | str:
+        """What makes ``channels`` silent, for each of ``knobs``; or why it cannot be had."""
+        try:
+            return [(knob, self.change(knob, channels)) for knob in knobs]
+        except UNFIT:
+            return "a constant of it does not have the shape that its operator needs"
+        except PayloadError as error:
+            if error.reason != "limit":
+                raise
+            return error.message
 
     def own_constants(self, copies: Sequence[tuple[Knob, Array]]) -> tuple[list[Edit], dict[tuple[int, int], str]]:
         """Edits that give each knob a constant of its own, and by edge why some cannot have one."""
@@ -158,6 +172,8 @@ class _Planner:
 
     def in_place(self, patches: dict[Place, list[_Patch]]) -> list[_Patch]:
         """Take out of ``patches`` the places that all readers want silent alike; one patch for each."""
+        if not patches:
+            return []
         readers = self.readers()
         overlapping = _overlapping(readers)
         taken: list[_Patch] = []
@@ -171,6 +187,8 @@ class _Planner:
 
     def change(self, knob: Knob, channels: Sequence[int]) -> _Patch | Array | None:
         """What makes ``channels`` silent: a patch in place, or else a constant of its own; None where they are."""
+        # The array, the silent one, and where each element lies.
+        self.constants.meter.fits(_PLANNED * math.prod(self.constants.shape(knob.value) or ()))
         current = self.constants.array(knob.value)
         silent = self.silenced(knob, channels, current)
         with np.errstate(all="ignore"):  # ml_dtypes warns where it compares NaN
@@ -178,6 +196,9 @@ class _Planner:
         if same:
             return None
         patch = self.patch(knob, channels)
+        size = silent.nbytes if patch is None else patch.indices.nbytes + patch.values.nbytes
+        self.constants.meter.hold(size)
+        self.held += size
         return silent if patch is None else patch
 
     def silenced(self, knob: Knob, channels: Sequence[int], current: Array) -> Array:
@@ -205,12 +226,13 @@ class _Planner:
             for position, value in enumerate(node.inputs)
         ]
         edges += [((MISSING, value), value) for value in self.graph.outputs]
+        known: dict[int, tuple[Place, ...]] = {}
         for edge, value in edges:
-            constant = self.constants.get(value) if value != MISSING else None
-            for root in _roots(constant):
-                where = self.constants.place(root)
-                if where is not None:
-                    found[where].add(edge)
+            if value != MISSING and value not in known:
+                roots = list(_roots(self.constants.get(value), self.constants.meter))
+                known[value] = tuple(where for where in map(self.constants.place, roots) if where is not None)
+            for where in known.get(value, ()):
+                found[where].add(edge)
         return found
 
     def patch(self, knob: Knob, channels: Sequence[int]) -> _Patch | None:
@@ -296,6 +318,9 @@ class _Planner:
         yield Edit(layout.inputs[knob.position], renamed, (*layout.enclosing, layout.message))
 
 
+_PLANNED: Final = 3 * 8
+"""Bytes for each element of a constant while it is planned how to silence channels of it."""
+
 _VIEWS: Final = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _PASSING: Final = _VIEWS | {"Cast", "DequantizeLinear", "QuantizeLinear"}
 
@@ -312,7 +337,7 @@ def _carrier(constant: Derived) -> Constant | None:
     return None
 
 
-def _roots(constant: Constant | None) -> Iterator[Stored]:
+def _roots(constant: Constant | None, meter: Meter) -> Iterator[Stored]:
     """The stored tensors that ``constant`` is made of."""
     pending = [constant]
     seen: set[int] = set()
@@ -321,6 +346,7 @@ def _roots(constant: Constant | None) -> Iterator[Stored]:
         if top is None or id(top) in seen:
             continue
         seen.add(id(top))
+        meter.touch(0)
         if isinstance(top, Stored):
             yield top
         elif isinstance(top, Derived):

@@ -26,6 +26,9 @@ Array = npt.NDArray[Any]
 ELEMENT_LIMIT: Final = 1 << 40
 """Elements that a tensor may declare; more cannot be addressed by what follows, and no file holds so many."""
 
+RANK_LIMIT: Final = 32
+"""Dimensions that an array of every release of NumPy can have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -67,10 +70,12 @@ def stored(proto: onnx.TensorProto | onnx.SparseTensorProto) -> Stored:
     """Describe ``proto`` without reading its elements. Raises PayloadError where the shape or type makes no sense."""
     values = proto.values if isinstance(proto, onnx.SparseTensorProto) else proto
     shape = tuple(proto.dims)
+    if len(shape) > RANK_LIMIT:
+        raise PayloadError(f"tensor {values.name!r} has {len(shape)} dimensions")
     if any(dimension < 0 for dimension in shape):
         raise PayloadError(f"tensor {values.name!r} has a negative dimension")
     if math.prod(shape) > ELEMENT_LIMIT:
-        raise PayloadError(f"tensor {values.name!r} declares {math.prod(shape):,} elements")
+        raise PayloadError(f"tensor {values.name!r} declares more elements than any file holds: {math.prod(shape):.0e}")
     if values.data_type in {TensorProto.UNDEFINED, TensorProto.STRING} or values.data_type not in _KNOWN_TYPES:
         raise PayloadError(
             f"tensor {values.name!r} has element type {values.data_type}, which holds no numbers known here"
@@ -108,6 +113,7 @@ def place(file: ModelFile, tensor: Stored) -> Place | None:
 
 def read(file: ModelFile, tensor: Stored) -> Array:
     """The elements of ``tensor`` in its own dtype and shape. Raises PayloadError where the file does not hold them."""
+    file.meter.touch(tensor.size)
     proto = tensor.proto
     if isinstance(proto, onnx.SparseTensorProto):
         return _read_sparse(file, tensor, proto)
@@ -182,8 +188,7 @@ def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Arr
 def _read_sparse(file: ModelFile, tensor: Stored, proto: onnx.SparseTensorProto) -> Array:
     values = read(file, stored(proto.values))
     indices = read(file, stored(proto.indices)).astype(np.int64)
-    if tensor.size > SPARSE_LIMIT:
-        raise PayloadError(f"sparse tensor {tensor.name!r} has {tensor.size:,} elements, more than are made dense here")
+    file.meter.fits(values.dtype.itemsize * tensor.size)
     dense = np.zeros(tensor.size, values.dtype)
     try:
         flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), tensor.shape)
@@ -191,7 +196,3 @@ def _read_sparse(file: ModelFile, tensor: Stored, proto: onnx.SparseTensorProto)
     except (ValueError, IndexError) as error:
         raise PayloadError(f"sparse tensor {tensor.name!r} has indices that do not fit its shape") from error
     return dense.reshape(tensor.shape)
-
-
-SPARSE_LIMIT: Final = 1 << 26
-"""Elements of a tensor that takes no room in the file but would in memory: 256 MiB of float32."""

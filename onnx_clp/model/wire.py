@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Final
 
 from onnx_clp.errors import ModelFileError
+from onnx_clp.limits import DEFAULT_LIMITS
 from onnx_clp.model.edits import LENGTH, Message, Span, encode_varint, length_delimited
 from onnx_clp.model.source import ByteSource
 
@@ -119,13 +120,22 @@ class Layout:
 class _Walk:
     """One pass over a file. State: the window in memory and the layout so far."""
 
-    def __init__(self, source: ByteSource) -> None:
+    def __init__(self, source: ByteSource, limit: int) -> None:
         self.source = source
+        self.limit = limit
         self.base = 0
         self.buffer = b""
         self.payloads: list[Payload] = []
         self.nodes: list[NodeLayout | None] = []
         self.metadata: list[Span] = []
+
+    def count(self) -> None:
+        """Raise ModelFileError where nodes and tensors are too many; before each of them takes its memory."""
+        if len(self.nodes) + len(self.payloads) >= self.limit:
+            raise ModelFileError(
+                f"{self.source.path} has more than {self.limit:,} nodes and tensors",
+                f"if that is what it should have, raise the limit: --limit nodes={10 * self.limit}",
+            )
 
     def corrupt(self, position: int, what: str) -> ModelFileError:
         return ModelFileError(
@@ -250,6 +260,7 @@ class _Walk:
 
     def node(self, number: int, whole: Span, message: Message, enclosing: tuple[Message, ...]) -> bytes:
         """The skeleton of a node: attributes walked, its documentation replaced by its ticket."""
+        self.count()
         ticket = len(self.nodes)
         self.nodes.append(None)
         pieces: list[bytes] = []
@@ -274,6 +285,7 @@ class _Walk:
     def tensor(self, body: Span, ticket: int, enclosing: tuple[Message, ...]) -> bytes:
         """The skeleton of a tensor: its payload cut out, its ticket put in as ``raw_data``."""
         if ticket == len(self.payloads):
+            self.count()
             self.payloads.append(Payload())
         payload = self.payloads[ticket]
         pieces: list[bytes] = []
@@ -296,12 +308,12 @@ class _Walk:
         return b"".join(pieces)
 
 
-def walk(source: ByteSource) -> tuple[bytes, Layout]:
-    """The skeleton and the layout of the ModelProto in ``source``.
+def walk(source: ByteSource, limit: int = DEFAULT_LIMITS.nodes) -> tuple[bytes, Layout]:
+    """The skeleton and the layout of the ModelProto in ``source``, which may have ``limit`` nodes and tensors.
 
-    Raises ModelFileError, with the byte it stumbled on, where the bytes are no protobuf message.
+    Raises ModelFileError where it has more; and, with the byte it stumbled on, where the bytes are no protobuf message.
     """
-    state = _Walk(source)
+    state = _Walk(source, limit)
     skeleton = state.message(_KINDS["ModelProto"], Span(0, source.size), ())
     nodes = tuple(node for node in state.nodes if node is not None)
     return skeleton, Layout(tuple(state.payloads), nodes, tuple(state.metadata))
