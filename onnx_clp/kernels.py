@@ -18,7 +18,7 @@ from onnx_clp.flow import Joined, Normalised, Produced, Scaled, Source, Summed, 
 from onnx_clp.limits import Meter
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import Node
-from onnx_clp.operators import kernel, linear
+from onnx_clp.operators import kernel
 from onnx_clp.sites import Reason, Site, Skipped, Survey
 
 Bounds = npt.NDArray[np.float64]
@@ -121,11 +121,6 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
 
 def _norms(node: Node, constants: Constants) -> Bounds:
     """The spectral norms of the kernel of the linear operator ``node``."""
-    weight = linear(node)
-    assert weight is not None
-    shape = constants.shape(node.inputs[weight.weight]) or ()
-    # A constant may be one number that stands for very many, a kernel is an array of its own.
-    constants.meter.fits(np.dtype(np.float32).itemsize * math.prod(shape))
     matrices = kernel(node, constants)
     channels, rows, columns = matrices.shape
     side = min(rows, columns)

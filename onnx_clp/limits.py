@@ -39,15 +39,15 @@ class Limits:
     Attributes:
         nodes: Nodes, every call of a function counted, and tensors. A node takes about 2 kB in memory and 20 µs; the
             largest public models have some 100,000.
-        work: Multiply-adds: 2³⁵ are about two seconds of one core.
-        memory: Bytes of arrays held at once: 256 MiB.
+        work: Multiply-adds: 2³⁴ are about a second of one core.
+        memory: Bytes of arrays held at once, 128 MiB; a rewrite has two scans in memory.
         entries: Folder entries looked at to find the other names of a hard link.
         seconds: Of onnxruntime, for loading and running what was written.
     """
 
     nodes: int = 250_000
-    work: int = 1 << 35
-    memory: int = 1 << 28
+    work: int = 1 << 34
+    memory: int = 1 << 27
     entries: int = 1_000_000
     seconds: int = 600
 

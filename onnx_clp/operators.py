@@ -106,6 +106,8 @@ def kernel(node: Node, constants: Constants) -> Array:
     assert description is not None
     weight = constants.array(node.inputs[description.weight])
     channel_count(node, weight.shape)
+    # One number may stand for very many, of which the steps below make an array.
+    constants.meter.fits(np.dtype(np.float32).itemsize * weight.size)
     for position, combine in ((description.zero_point, np.subtract), (description.scale, np.multiply)):
         value = node.input(position) if position != MISSING else MISSING
         if value != MISSING:

@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp.errors import ModelFileError, PayloadError
+from onnx_clp.limits import Meter
 from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA
@@ -113,7 +114,6 @@ def place(file: ModelFile, tensor: Stored) -> Place | None:
 
 def read(file: ModelFile, tensor: Stored) -> Array:
     """The elements of ``tensor`` in its own dtype and shape. Raises PayloadError where the file does not hold them."""
-    file.meter.touch(tensor.size)
     proto = tensor.proto
     if isinstance(proto, onnx.SparseTensorProto):
         return _read_sparse(file, tensor, proto)
@@ -128,7 +128,7 @@ def read(file: ModelFile, tensor: Stored) -> Array:
             raise PayloadError(
                 f"tensor {tensor.name!r} needs {where.length} bytes and its external data has {declared}"
             )
-        return _read_place(source, where, tensor)
+        return _read_place(source, where, tensor, file.meter)
     payload = file.payload(proto)
     if payload is None:
         if tensor.size:
@@ -137,7 +137,7 @@ def read(file: ModelFile, tensor: Stored) -> Array:
     if where is not None:
         if payload.raw is not None and len(payload.raw) != where.length:
             raise PayloadError(f"tensor {tensor.name!r} needs {where.length} bytes and holds {len(payload.raw)}")
-        return _read_place(file.source, where, tensor)
+        return _read_place(file.source, where, tensor, file.meter)
     return _read_typed(file, tensor, proto)
 
 
@@ -155,9 +155,10 @@ def _external(proto: onnx.TensorProto, length: int) -> tuple[str, int, int]:
     return normalised(entries["location"]), offset, declared
 
 
-def _read_place(source: ByteSource, where: Place, tensor: Stored) -> Array:
+def _read_place(source: ByteSource, where: Place, tensor: Stored, meter: Meter) -> Array:
     if where.offset + where.length > source.size:
         raise PayloadError(f"tensor {tensor.name!r} needs bytes past the end of its file")
+    meter.touch(tensor.size)
     array = np.empty(tensor.size, tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype)
     if array.size:
         source.read_into(where.offset, array.view(np.uint8).data)
@@ -177,6 +178,8 @@ def complete(file: ModelFile, proto: onnx.TensorProto) -> onnx.TensorProto:
 
 def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Array:
     """Through onnx, which knows how each type is spelled in which field."""
+    payload = file.payload(proto)
+    file.meter.touch(0 if payload is None else sum(map(len, payload.packed)))
     try:
         return numpy_helper.to_array(complete(file, proto))
     except ModelFileError:
@@ -189,6 +192,7 @@ def _read_sparse(file: ModelFile, tensor: Stored, proto: onnx.SparseTensorProto)
     values = read(file, stored(proto.values))
     indices = read(file, stored(proto.indices)).astype(np.int64)
     file.meter.fits(values.dtype.itemsize * tensor.size)
+    file.meter.touch(tensor.size)
     dense = np.zeros(tensor.size, values.dtype)
     try:
         flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), tensor.shape)

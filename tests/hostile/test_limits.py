@@ -1,0 +1,298 @@
+"""Memory and time of a scan are bounded by what is on disk: small files that ask for much, and long ones.
+
+Time is not measured. That a walk is linear is seen from the number of calls of Python functions, which is the same on
+every machine; that memory is bounded, from a limit on the address space of a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_clp import Limits, ModelFileError, OnnxClpError, UsageError, sanitize, scan
+from onnx_clp.cli import run
+from onnx_clp.errors import PayloadError
+from onnx_clp.limits import MEMORY_PER_BYTE, WORK_PER_BYTE, Meter
+from onnx_clp.model.edits import length_delimited
+from tests.hostile import costly
+
+MEMORY = 512 << 20
+"""Bytes that a scan of any of these files may take beside what Python takes with its modules."""
+
+SECONDS = 60
+"""Of the processor, for a file that takes less than five: so much no walk takes that is linear."""
+
+
+def written(made: onnx.ModelProto | bytes, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    path.write_bytes(made if isinstance(made, bytes) else made.SerializeToString())
+    return path
+
+
+BOUNDED = """
+import resource, sys
+from onnx_clp import OnnxClpError, sanitize, scan
+import onnx_clp.analysis, onnx_clp.rewrite, onnx_clp.runtime
+onnx_clp.runtime.available = lambda: False
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+before = peak()
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # that a test does not take the machine's memory
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]), int(sys.argv[2])))
+for work in (scan, lambda path: sanitize(path, path + ".out", max_share=1)):
+    try:
+        work(sys.argv[1])
+    except OnnxClpError as error:
+        print(error, file=sys.stderr)
+print(peak() - before)
+"""
+
+
+def bounded(path: Path) -> str:
+    """What a scan and a rewrite complain of in a process of their own; it fails where they take too much."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", BOUNDED, path, str(SECONDS)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < MEMORY
+    return done.stderr
+
+
+# ---- small files that ask for much
+
+SMALL_FILES: dict[str, Callable[[], onnx.ModelProto]] = {
+    "a_constant_doubled_20_times": lambda: costly.doubled_constant(20),
+    "a_constant_doubled_60_times": lambda: costly.doubled_constant(60),
+    "channels_doubled_22_times": lambda: costly.doubled_channels(22),
+    "channels_doubled_40_times": lambda: costly.doubled_channels(40),
+    "channels_doubled_10000_times": lambda: costly.doubled_channels(10_000),
+    "a_fill_of_2_to_the_39": lambda: costly.filled([1 << 18, 1 << 18, 2, 4]),
+    "a_fill_of_2_to_the_24_in_300_convolutions": lambda: costly.filled([1 << 10, 1 << 14, 1, 1], 300),
+    "a_matrix_of_side_4096": lambda: costly.filled([2, 1 << 12, 1 << 12, 1]),
+    "a_matrix_of_side_20000": lambda: costly.filled([1, 20_000, 20_000, 1]),
+    "a_few_numbers_expanded": lambda: costly.expanded(100),
+    "one_number_gathered": lambda: costly.gathered(100),
+    "a_shape_of_2_to_the_30_without_data": lambda: costly.declared(1 << 30),
+    "a_sparse_kernel_in_200_convolutions": lambda: costly.sparse(200),
+    "a_scale_for_a_block_of_2_to_the_40": lambda: costly.blocked(1 << 40),
+    "bounds_of_a_million_channels_300_times": lambda: costly.many_wide(300, 100_000),
+    "a_name_of_a_megabyte_in_10000_calls": lambda: costly.long_names(1_000_000, 10_000),
+    "a_name_of_a_megabyte_around_10000_nodes": lambda: costly.long_named_if(1_000_000, 10_000),
+}
+
+
+REFUSED = {"a_name_of_a_megabyte_in_10000_calls"}
+"""Cases that are an error as a whole; of the others a part is skipped."""
+
+
+@pytest.mark.parametrize("case", SMALL_FILES)
+def test_a_file_gets_no_more_memory_than_it_is_worth(case: str, tmp_path: Path) -> None:
+    assert not bounded(written(SMALL_FILES[case](), tmp_path)) or case in REFUSED
+
+
+@pytest.mark.parametrize(
+    ("case", "layers"),
+    [
+        ("a_constant_doubled_20_times", {"y": "head", "judged": "limit"}),
+        ("a_matrix_of_side_4096", {"y": "head", "c0": "limit"}),
+        ("a_few_numbers_expanded", {"y": "head", **{f"c{i}": "limit" for i in range(100)}}),
+        ("a_shape_of_2_to_the_30_without_data", {"first": "no-data"}),
+    ],
+)
+def test_what_costs_too_much_is_skipped_and_not_clean(case: str, layers: dict[str, str], tmp_path: Path) -> None:
+    report = scan(written(SMALL_FILES[case](), tmp_path))
+    assert {part.name: part.reason for part in report.skipped} == layers
+    assert not report.complete
+
+
+def test_what_comes_before_the_limit_is_judged_and_the_rest_said_to_be_skipped(tmp_path: Path) -> None:
+    report = scan(written(costly.filled([1 << 10, 1 << 14, 1, 1], 400), tmp_path))
+    skipped = [part.name for part in report.skipped if part.reason == "limit"]
+    assert [layer.name for layer in report.layers] + skipped == [f"c{i}" for i in range(400)]
+    assert report.layers
+    assert skipped
+
+
+def test_more_work_and_memory_can_be_given(tmp_path: Path) -> None:
+    path = written(costly.doubled_constant(18), tmp_path)
+    few = scan(path, limits=Limits(memory=1 << 20))
+    assert {part.name: part.reason for part in few.skipped} == {"y": "head", "judged": "limit"}
+    assert [layer.name for layer in scan(path, limits=Limits(memory=1 << 32, work=1 << 40)).layers] == ["judged"]
+
+
+def test_a_large_file_may_cost_more_than_a_small_one() -> None:
+    small, large = Meter(Limits(work=1000, memory=1000)), Meter(Limits(work=1000, memory=1000))
+    large.grant(10)
+    for meter, work, memory in ((small, 1000, 1000), (large, 1000 + 10 * WORK_PER_BYTE, 1000 + 10 * MEMORY_PER_BYTE)):
+        meter.work(work)
+        meter.hold(memory)
+        for spend in (meter.work, meter.hold, meter.fits):
+            with pytest.raises(PayloadError) as refused:
+                spend(1)
+            assert refused.value.reason == "limit"
+
+
+def test_a_limit_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the limit nodes is 0"):
+        Limits(nodes=0)
+    path = str(written(costly.filled([16, 16, 1, 1]), tmp_path))
+    for value in ("nodes=0", "nodes=-1", "nodes=many", "nodes=1e400", "nodes", "time=1", "=1"):
+        assert run(["scan", path, "--limit", value]) == 2, value
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_command_takes_limits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(written(costly.CHAINS["Relu"](100), tmp_path))
+    assert run(["scan", path, "--limit", "nodes=50"]) == 2
+    assert "more than 50 nodes and tensors (if that is what it should have, raise the limit: --limit nodes=500)" in (
+        capsys.readouterr().err
+    )
+    assert run(["scan", path, "--limit", "nodes=2e3", "--limit", "work=1e9"]) == 0
+
+
+def test_a_rewrite_that_would_hold_too_much_leaves_the_layer(tmp_path: Path) -> None:
+    """One kernel in a hundred layers, each of which would get a silent copy of its own."""
+    nodes, value = [], "x"
+    kernel = np.random.default_rng(0).standard_normal((16, 16, 64, 64)).astype("f")
+    kernel[3] *= 50
+    for i in range(100):
+        nodes += [costly.conv(value, f"c{i}", "k"), onnx.helper.make_node("Relu", [f"c{i}"], [f"r{i}"])]
+        value = f"r{i}"
+    nodes += [
+        onnx.helper.make_node("Mul", ["k", "k"], ["square"]),
+        onnx.helper.make_node("Add", ["z", "square"], ["y"]),
+    ]
+    nodes.insert(-2, costly.conv(value, "z"))
+    path = written(costly.model(nodes, [costly.KERNEL, onnx.numpy_helper.from_array(kernel, "k")]), tmp_path)
+    with contextlib.suppress(OnnxClpError):
+        report = sanitize(path, tmp_path / "out.onnx", dry_run=True, limits=Limits(memory=1, work=1 << 40))
+        assert len(report.silenced) + len(report.left) == 100
+
+
+# ---- long and deep graphs
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How many Python functions are called while ``work`` is done."""
+    count = 0
+
+    def note(_: FrameType, event: str, __: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+LONG: dict[str, Callable[[int], onnx.ModelProto]] = {
+    **{f"chain_of_{operator}": build for operator, build in costly.CHAINS.items()},
+    "normalised_at_every_step": costly.normalised_at_every_step,
+    "residual": costly.residual,
+    "summed_with_itself": costly.summed_with_itself,
+    "concatenated_sums": costly.concatenated_sums,
+    "loops": costly.loops,
+    "constants_of_constants": costly.constants_of_constants,
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_a_graph_of_twice_the_length_takes_twice_the_steps(case: str, tmp_path: Path) -> None:
+    """Beyond 256 sums a name more is not looked for, so the graphs are longer than that. 2.2: the ends count once."""
+    steps = []
+    for n in (600, 1200):
+        path = written(LONG[case](n), tmp_path)
+        scan(path)  # what is imported late is there
+        steps.append(calls(partial(sanitize, path, tmp_path / "out.onnx", dry_run=True)))
+    assert steps[1] < 2.2 * steps[0]
+
+
+def test_a_quadratic_walk_would_be_seen() -> None:
+    """The proof that counting calls can fail."""
+
+    def step() -> None: ...
+
+    def quadratic(n: int) -> None:
+        for _ in range(n * n):
+            step()
+
+    assert calls(lambda: quadratic(20)) > 3 * calls(lambda: quadratic(10))
+
+
+def test_a_chain_of_100000_nodes_is_scanned(tmp_path: Path) -> None:
+    report = scan(written(costly.CHAINS["Relu"](100_000), tmp_path))
+    assert [layer.name for layer in report.layers] == ["first"]
+
+
+def test_a_concat_of_10000_branches_over_sums_is_scanned(tmp_path: Path) -> None:
+    report = scan(written(costly.concatenated_sums(10_000), tmp_path))
+    (layer,) = report.layers
+    assert layer.channels == 10_000 * costly.CHANNELS
+    assert layer.kind == "Concat→BatchNormalization"
+
+
+def test_ifs_nested_1000_deep_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="messages nested deeper than 100 at byte"):
+        scan(written(costly.nested_if(1000), tmp_path))
+
+
+def test_ifs_nested_30_deep_are_read(tmp_path: Path) -> None:
+    assert [layer.name for layer in scan(written(costly.nested_if(30), tmp_path)).layers] == ["c"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 50])
+def test_functions_that_call_themselves_are_refused(length: int, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="has a function that calls itself"):
+        scan(written(costly.recursive(length), tmp_path))
+
+
+def test_10000_functions_that_call_each_other_in_a_row_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="has functions that call each other 64 deep"):
+        scan(written(costly.called(10_000, 1), tmp_path))
+
+
+@pytest.mark.parametrize(("functions", "twice"), [(10_000, 2), (40, 2), (6, 12)])
+def test_functions_that_call_each_other_several_times_do_not_grow_without_end(
+    functions: int, twice: int, tmp_path: Path
+) -> None:
+    said = bounded(written(costly.called(functions, twice), tmp_path))
+    assert "has functions that call each other 64 deep" in said or "more than 250,000 nodes and tensors" in said
+
+
+def test_functions_within_the_limits_are_read(tmp_path: Path) -> None:
+    assert [layer.name for layer in scan(written(costly.called(10, 2), tmp_path)).layers] == ["c"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 100])
+def test_nodes_that_read_what_they_make_are_skipped_and_said(length: int, tmp_path: Path) -> None:
+    made = costly.looped(length)
+    made.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, None))
+    report = scan(written(made, tmp_path))
+    assert {part.name for part in report.skipped} >= {"y", *(f"ring{i}" for i in range(length))}
+    assert [layer.name for layer in report.layers] == ["c"]
+    assert not report.complete
+
+
+def test_more_nodes_than_the_limit_are_refused_while_they_are_counted(tmp_path: Path) -> None:
+    """Empty nodes and tensors take two bytes on disk, and hundreds in memory."""
+    for field in (1, 5):
+        content = length_delimited(7, bytes([field << 3 | 2, 0]) * 300_000)
+        assert "more than 250,000 nodes and tensors" in bounded(written(content, tmp_path))
