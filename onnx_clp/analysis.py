@@ -12,6 +12,7 @@ from pathlib import Path
 
 from onnx_clp._version import __version__
 from onnx_clp.defaults import DEFAULT_U, check_u
+from onnx_clp.errors import OnnxClpError
 from onnx_clp.judge import Judgement, Status, judge
 from onnx_clp.kernels import Measured, measure
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
@@ -111,7 +112,7 @@ class ScanReport:
         layers: Every site, in topological order.
         skipped: Every convolution and BatchNormalization that is no site.
         version: Version of onnx-clp.
-        data_files: Real paths of the external data files that the model refers to.
+        data_files: Real paths of the external data files that the model refers to, as far as they may be read.
     """
 
     path: str
@@ -219,7 +220,14 @@ def scan(
 
 
 def _data_files(file: ModelFile) -> tuple[str, ...]:
-    return tuple(os.path.realpath(file.path.parent / location) for location in file.locations() if "\0" not in location)
+    """Those that are there and may be read."""
+    found = []
+    for location in file.locations():
+        try:
+            found.append(file.data_path(location))
+        except OnnxClpError:
+            continue
+    return tuple(found)
 
 
 def _layer(part: Measured, judgement: Judgement) -> Layer:

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("defaults", "limits"),
     ("bounds", "judge"),
     # the file, its graph and its bytes
-    ("model.source",),
+    ("model.source", "model.containment"),
     ("model.edits",),
     ("model.wire",),
     ("model.file", "model.graph"),

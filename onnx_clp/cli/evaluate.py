@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,7 +14,7 @@ import click
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.options import deliver, protect, share, terminal_style
 from onnx_clp.defaults import DEFAULT_U
-from onnx_clp.errors import UsageError
+from onnx_clp.errors import OnnxClpError, UsageError
 
 if TYPE_CHECKING:
     from onnx_clp.evaluation.prepared import EvaluationOptions
@@ -323,7 +324,9 @@ def _inputs(models: Iterable[Path | None], attack: Path | None, trigger: Path | 
         if model is not None:
             yield model
             with open_model(model) as file:
-                yield from (model.parent / location for location in file.locations())
+                for location in file.locations():
+                    with suppress(OnnxClpError):  # said where the model is run
+                        yield Path(file.data_path(location))
     if attack is not None:
         document = attack / "attack.json" if attack.is_dir() else attack
         yield document

@@ -66,7 +66,7 @@ def command(  # one parameter an option
     from onnx_clp.report import json, text  # as late as onnx and NumPy
 
     check_u(u)
-    files = list(_files(paths))
+    files = list(_files(paths, allow_roots))
     protect(output, [entry for entry in files if isinstance(entry, Path)])
     scan_one = partial(scan, u=u, count_dead=count_dead, allow_roots=allow_roots, limits=limits)
     outcomes = list(_scan_all(files, scan_one, quiet=quiet))
@@ -80,21 +80,58 @@ def command(  # one parameter an option
     return exit_code(outcomes, limit, strict=strict)
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path | Outcome]:
-    """Every file to scan; a folder stands for the ``*.onnx`` files below it."""
+def _files(paths: Sequence[Path], allow_roots: Sequence[Path]) -> Iterator[Path | Outcome]:
+    """Every file to scan; a folder stands for the ``*.onnx`` files below it, and for what hinders finding them."""
     from onnx_clp.report.outcome import Outcome
 
     for path in paths:
         if not os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises where a name is too long
             yield path
             continue
-        found = sorted(
-            Path(folder) / name for folder, _, names in os.walk(path) for name in names if name.endswith(".onnx")
-        )
-        yield from found
+        found = sorted(_below(path, allow_roots))
+        yield from (part if error is None else Outcome(os.fspath(part), error=error) for part, error in found)
         if not found:
             error = ModelFileError(f"{path} holds no .onnx file", "name the file itself if it is called otherwise")
             yield Outcome(os.fspath(path), error=error)
+
+
+def _below(top: Path, allow_roots: Sequence[Path]) -> Iterator[tuple[Path, OnnxClpError | None]]:
+    """The ``*.onnx`` files below ``top``, each with why it is not to be opened; and the folders that cannot be read.
+
+    Links to folders are not followed, and those to files only where they stay in ``top`` or what else is allowed.
+    """
+    pending = [top]
+    while pending:
+        folder = pending.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = folder / entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(path)
+                    elif not entry.name.endswith(".onnx"):
+                        continue
+                    elif not entry.is_symlink():
+                        yield path, None
+                    elif (error := _refusal(path, (top, *allow_roots))) is not None or not path.is_dir():
+                        yield path, error
+        except OSError as error:
+            why = f"the folder {folder} cannot be read: {error.strerror}"
+            yield folder, ModelFileError(why, "what is in it was not scanned")
+
+
+def _refusal(link: Path, allowed: Sequence[Path]) -> ModelFileError | None:
+    """Why ``link``, which nobody named, is not followed; None where it is."""
+    from onnx_clp.model.containment import Outside, Refused, resolve, roots
+
+    try:
+        resolve(link.name, roots(link.parent, allowed))
+    except Outside:
+        advice = "name the file itself, or allow the folder it leads to with --allow-root"
+        return ModelFileError(f"{link} is a link that leads out of the folder", advice)
+    except Refused as refusal:
+        return ModelFileError(f"{link} is a link to a file that {refusal.why}")
+    return None
 
 
 def _scan_all(files: list[Path | Outcome], scan_one: Callable[[Path], ScanReport], *, quiet: bool) -> Iterable[Outcome]:

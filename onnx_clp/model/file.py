@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Self
 
@@ -14,12 +16,26 @@ from google.protobuf.message import DecodeError
 
 from onnx_clp.errors import ModelFileError
 from onnx_clp.limits import DEFAULT_LIMITS, Limits, Meter
+from onnx_clp.model.containment import (
+    Names,
+    Refused,
+    Root,
+    check_spelling,
+    find_names,
+    open_regular,
+    quoted,
+    resolve,
+    roots,
+)
 from onnx_clp.model.edits import Message, Span
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
 
 SKELETON_LIMIT: Final = 1 << 31
 """Protobuf reads no message of 2 GiB or more."""
+
+LOOK_WORK: Final = 1 << 16
+"""What a look into a folder costs, in multiply-adds: some microseconds."""
 
 _FOREIGN: Final = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the model itself with `git lfs pull`"),
@@ -43,7 +59,7 @@ class ModelFile:
 
     ``proto`` is the model without its payloads: a tensor's ``raw_data`` holds the ticket of its payload in ``layout``
     and a node's ``doc_string`` that of its place. Data files may lie below the folder of ``path`` or
-    ``allow_roots``; ``meter`` counts what the analysis of this file costs.
+    ``allow_roots``, see ``containment``; ``meter`` counts what the analysis of this file costs.
     """
 
     path: Path
@@ -52,7 +68,9 @@ class ModelFile:
     layout: Layout
     meter: Meter
     allow_roots: tuple[Path, ...] = ()
+    _paths: dict[str, str | ModelFileError] = field(default_factory=dict, repr=False)
     _data: dict[str, ByteSource | ModelFileError] = field(default_factory=dict, repr=False)
+    _open: dict[tuple[int, int], ByteSource] = field(default_factory=dict, repr=False)
 
     def payload(self, tensor: onnx.TensorProto) -> Payload | None:
         """Where the elements of ``tensor`` lie in the model file; None where the file holds none."""
@@ -70,14 +88,55 @@ class ModelFile:
 
     def locations(self) -> tuple[str, ...]:
         """The names of all external data files, in one spelling each, sorted."""
-        return tuple(sorted({normalised(entry.value) for _, _, entry in self.location_entries()}))
+        return tuple(sorted(self._spellings))
+
+    @cached_property
+    def _spellings(self) -> dict[str, tuple[str, ...]]:
+        """By each location in one spelling, how the file spells it."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for _, _, entry in self.location_entries():
+            found[normalised(entry.value)].add(os.fsdecode(entry.value))
+        return {location: tuple(sorted(spellings)) for location, spellings in found.items()}
+
+    @cached_property
+    def _roots(self) -> tuple[Root, ...]:
+        return roots(self.path.parent, self.allow_roots)
+
+    @cached_property
+    def _names(self) -> Names:
+        return find_names(self._roots, self.meter.limits.entries)
+
+    def data_path(self, location: str) -> str:
+        """The real path of the data file that the model calls ``location``; raises ModelFileError where it has none.
+
+        Of two spellings that look alike each is followed: ``w.bin`` and ``sub/../w.bin`` may be two files.
+        """
+        if location not in self._paths:
+            self._paths[location] = self._resolved(location)
+        known = self._paths[location]
+        if isinstance(known, ModelFileError):
+            raise known
+        return known
+
+    def _resolved(self, location: str) -> str | ModelFileError:
+        paths = set()
+        for spelling in self._spellings.get(location, (location,)):
+            try:
+                check_spelling(spelling)
+                paths.add(resolve(spelling, self._roots, lambda: self.meter.work(LOOK_WORK)))
+            except Refused as refusal:
+                return self._refusal(spelling, refusal)
+        if len(paths) > 1:
+            return self._refusal(location, Refused("is spelled in two ways, which lead to two files"))
+        return paths.pop()
 
     def data_file(self, location: str) -> ByteSource:
         """The external data file that the model calls ``location``; raises ModelFileError where it is refused."""
         if location not in self._data:
             try:
-                self._data[location] = source = ByteSource(self._contained(location))
-                self.meter.grant(source.size)
+                self._data[location] = self._opened(self.data_path(location))
+            except Refused as refusal:
+                self._data[location] = self._refusal(location, refusal)
             except ModelFileError as error:
                 self._data[location] = error
         known = self._data[location]
@@ -85,28 +144,36 @@ class ModelFile:
             raise known
         return known
 
-    def _contained(self, location: str) -> Path:
-        """The real path of ``location``, which must lie under the folder of the model."""
-        if not location or "\0" in location:
-            raise ModelFileError(f"{self.path} has external data without a usable file name")
-        folder = self.path.parent
+    def _opened(self, path: str) -> ByteSource:
+        """The data file at the real ``path``, the same for all names of a file. Raises Refused."""
+        descriptor, status = open_regular(path, self._roots)
+        source = ByteSource(Path(path), descriptor)
         try:
-            target = (folder / location).resolve()
-        except (OSError, RuntimeError) as error:
-            raise ModelFileError(f"{self.path}: external data file {location!r} cannot be resolved") from error
-        if not any(target.is_relative_to(root) for root in _roots(folder)):
-            advice = "put the data beside the model if you trust it"
-            raise ModelFileError(f"{self.path}: external data file {location!r} lies outside its folder", advice)
-        if not os.path.lexists(target):
-            raise ModelFileError(f"{self.path}: external data file {location!r} is missing", "copy it beside the model")
-        return target
+            self._check(source, status)
+        except BaseException:
+            source.close()
+            raise
+        known = self._open.setdefault(source.identity, source)
+        if known is source:
+            self.meter.grant(source.size)
+        else:
+            source.close()
+        return known
+
+    def _check(self, source: ByteSource, status: os.stat_result) -> None:
+        if source.identity == self.source.identity:
+            raise Refused("is the model file itself", "put the data into a file of its own")
+        if status.st_nlink > 1:
+            self._names.check(status)
+
+    def _refusal(self, location: str, refusal: Refused) -> ModelFileError:
+        return ModelFileError(f"{self.path}: external data file {quoted(location)} {refusal.why}", refusal.hint)
 
     def close(self) -> None:
         """Close the file and its data files."""
         self.source.close()
-        for data in self._data.values():
-            if isinstance(data, ByteSource):
-                data.close()
+        for source in self._open.values():
+            source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -117,17 +184,7 @@ class ModelFile:
 
 def normalised(location: str | bytes) -> str:
     """One spelling of a data file's name: ``w.bin`` and ``./w.bin`` are the same file."""
-    return posixpath.normpath(str(location)) if location else ""
-
-
-def _roots(folder: Path) -> Iterator[Path]:
-    """Where external data of a model in ``folder`` may lie."""
-    yield folder.resolve()
-    # A Hugging Face cache holds models--name/snapshots/revision/… as links into models--name/blobs.
-    for ancestor in folder.absolute().parents:
-        if ancestor.name == "snapshots" and ancestor.parent.name.startswith("models--"):
-            yield (ancestor.parent / "blobs").resolve()
-            return
+    return posixpath.normpath(os.fsdecode(location)) if location else ""
 
 
 def open_model(path: Path, allow_roots: Sequence[Path] = (), limits: Limits = DEFAULT_LIMITS) -> ModelFile:

@@ -78,7 +78,7 @@ def location_edits(file: ModelFile, names: Mapping[str, str]) -> Iterator[Edit]:
     """Edits that make the model refer to the new names of its data files."""
     for span, enclosing, entry in file.location_entries():
         name = names[normalised(entry.value)]
-        if name != normalised(entry.value):
+        if name != entry.value:
             entry.value = name
             yield Edit(span, length_delimited(EXTERNAL_DATA, entry.SerializeToString()), enclosing)
 

@@ -28,20 +28,19 @@ class ByteSource:
     while it is read gives an error and not a bus fault.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open ``path``; raises ModelFileError where it is missing, unreadable, or no regular file."""
-        try:
-            # O_NONBLOCK: opening a FIFO that nobody writes to must not hang.
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ModelFileError(f"cannot open {path}: {reason}") from error
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        """Open ``path``, or take the ``descriptor`` that it was opened as.
+
+        Raises ModelFileError where it is missing, unreadable, or no regular file.
+        """
+        self._descriptor = _open(path) if descriptor is None else descriptor
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(self._descriptor)
             raise ModelFileError(f"{path} is not a regular file")
         self.path = path
         self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino)
         self._modified = status.st_mtime_ns
 
     def read(self, start: int, length: int) -> bytes:
@@ -80,6 +79,20 @@ class ByteSource:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _open(path: Path) -> int:
+    try:
+        # Opening a device can do something, so that it is looked at before. What takes its place in between is opened
+        # with O_NONBLOCK: a FIFO that nobody writes to must not hang.
+        regular = stat.S_ISREG(path.stat().st_mode)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if regular else None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelFileError(f"cannot open {path}: {reason}") from error
+    if descriptor is None:
+        raise ModelFileError(f"{path} is not a regular file")
+    return descriptor
 
 
 @contextmanager

@@ -8,6 +8,7 @@ A tensor is stored as ``raw_data`` (little-endian), in a typed field, in externa
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -142,17 +143,24 @@ def read(file: ModelFile, tensor: Stored) -> Array:
 
 
 def _external(proto: onnx.TensorProto, length: int) -> tuple[str, int, int]:
-    """``(location, offset, length)`` of external data; the last entry of a key counts."""
-    entries = {str(entry.key): str(entry.value) for entry in proto.external_data}
-    try:
-        offset, declared = int(entries.get("offset", 0)), int(entries.get("length", length))
-    except ValueError as error:
-        raise PayloadError(f"tensor {proto.name!r} has an offset or length that is no number") from error
-    if offset < 0 or declared < 0:
-        raise PayloadError(f"tensor {proto.name!r} has a negative offset or length")
+    """``(location, offset, length)`` of external data; a length of 0 is one that is not given, as in onnxruntime."""
+    # What is not UTF-8 comes as bytes.
+    entries = {os.fsdecode(entry.key): os.fsdecode(entry.value) for entry in proto.external_data}
+    if len(entries) < len(proto.external_data):
+        # onnxruntime takes the last offset, and refuses two locations; others may take the first.
+        raise PayloadError(f"tensor {proto.name!r} gives an entry of its external data twice")
+    offset, declared = (_natural(proto, entries.get(key, "0"), key) for key in ("offset", "length"))
     if not entries.get("location"):
         raise PayloadError(f"tensor {proto.name!r} has external data without a location")
-    return normalised(entries["location"]), offset, declared
+    return normalised(entries["location"]), offset, declared or length
+
+
+def _natural(proto: onnx.TensorProto, text: str, key: str) -> int:
+    """The number that ``text`` is in plain decimal digits, which every runtime reads alike."""
+    digits = text.lstrip("0")
+    if not text.isascii() or not text.isdecimal() or len(digits) > 19 or int(digits or "0") >= 1 << 63:
+        raise PayloadError(f"tensor {proto.name!r} has an external data {key} that is no number from 0 to 2⁶³ − 1")
+    return int(digits or "0")
 
 
 def _read_place(source: ByteSource, where: Place, tensor: Stored, meter: Meter) -> Array:
