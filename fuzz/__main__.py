@@ -108,12 +108,21 @@ def fuzz(work: Path, seconds: int, seed: int, corpus: Path, findings: Path) -> i
             break
         killer = Finding("crash", f"the process ended with {process.returncode} {_last_place(said)}", said[-8000:])
         figures.found[killer.name] += 1
-        keep(findings, killer, (scratch / "models" / "model.onnx").read_bytes())
+        content = (scratch / "models" / "model.onnx").read_bytes()
+        keep(findings, killer, content)
+        _forget(content, start, corpus)  # else it would kill the next worker, too
         shutil.rmtree(scratch)
         crashes += 1
     confirmed = _confirmed(findings, figures.found)
     _tell(figures, confirmed, findings)
     return 1 if confirmed else 0
+
+
+def _forget(content: bytes, *folders: Path) -> None:
+    """Remove an input from the folders that fuzzing begins with."""
+    for path in (path for folder in folders for path in folder.iterdir()):
+        if path.stat().st_size == len(content) and path.read_bytes() == content:
+            path.unlink()
 
 
 def _last_place(said: str) -> str:

@@ -111,7 +111,7 @@ class Trial:
     def run(self, content: bytes) -> Outcome:
         """Try one input."""
         self.path.write_bytes(content)
-        before, descriptors = self._files(), len(os.listdir("/proc/self/fd"))
+        before, descriptors = self._files(), _descriptors()
         _forget_highest()
         steps = _Steps()
         allowed = self._steps(steps)
@@ -121,7 +121,7 @@ class Trial:
         if not steps.cut_short:
             for finding in self._left(before, allowed, content):
                 steps.find("files", finding, "")
-            if len(os.listdir("/proc/self/fd")) != descriptors:
+            if _descriptors() != descriptors:
                 steps.find("law", "a file is left open", "")
         self._clean()
         return Outcome(tuple(steps.findings), tuple(steps.ended), steps.slowest, memory)
@@ -146,7 +146,7 @@ class Trial:
         for folder, folders, files in os.walk(self.root):
             for name in (*folders, *files):
                 path = os.path.join(folder, name)  # noqa: PTH118  # quick: done twice for each input
-                status = os.lstat(path)  # noqa: PTH116  # likewise
+                status = os.lstat(path)
                 whole = (status.st_size, status.st_mtime_ns) if name in files else (0, 0)
                 found[os.path.relpath(path, self.root)] = (*whole, status.st_ino)
         return found
@@ -255,6 +255,11 @@ def _status(field: str) -> int:
     """A size of this process in bytes, as the kernel tells it."""
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return int(text.partition(f"{field}:")[2].split(maxsplit=1)[0]) << 10
+
+
+def _descriptors() -> int:
+    """How many files the process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def _forget_highest() -> None:

@@ -6,13 +6,16 @@ the parts of sparse tensors, annotations, training information, external data en
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from tests.mutations.chance import EXTENTS, FLOATS, TEXTS, Chance, choice, copied, parts, place
+
+Field: TypeAlias = Any
+"""A FieldDescriptor, of the Python or of the C implementation of protobuf, whose types differ."""
 
 _BITS = {
     FieldDescriptor.CPPTYPE_INT32: (-(1 << 31), (1 << 31) - 1),
@@ -34,13 +37,13 @@ def _message(chance: Chance, model: onnx.ModelProto) -> Message:
     return choice(chance, kinds[choice(chance, sorted(kinds))])
 
 
-def _set_field(chance: Chance, message: Message, *, repeated: bool = False) -> FieldDescriptor | None:
+def _set_field(chance: Chance, message: Message, *, repeated: bool = False) -> Field | None:
     """A field that the message holds; None where it holds none."""
     fields = [field for field, _ in message.ListFields() if field.is_repeated or not repeated]
     return choice(chance, fields) if fields else None
 
 
-def _scalar(chance: Chance, field: FieldDescriptor, message: Message) -> Any:  # noqa: ANN401  # of the field's type
+def _scalar(chance: Chance, field: Field, message: Message) -> Any:  # noqa: ANN401  # of the field's type
     """A value for a field, or for an element of it, that holds no message."""
     if field.cpp_type in _BITS:
         low, high = _BITS[field.cpp_type]
@@ -58,7 +61,7 @@ def _scalar(chance: Chance, field: FieldDescriptor, message: Message) -> Any:  #
     return choice(chance, [*TEXTS, *flat])
 
 
-def _take(target: Message, field: FieldDescriptor, source: Message) -> None:
+def _take(target: Message, field: Field, source: Message) -> None:
     """Make a field of ``target`` what it is in ``source``, a message of the same kind."""
     target.ClearField(field.name)
     value = getattr(source, field.name)
@@ -153,7 +156,7 @@ def resize_field(chance: Chance, model: onnx.ModelProto) -> None:
             del value[keep:]
         else:
             value.extend([copied(part) if isinstance(part, Message) else part for part in value[keep : keep + MORE]])
-    elif isinstance(value, str | bytes):
+    elif field.type in {FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES}:
         keep = chance.integer(0, len(value))
         setattr(message, field.name, value[:keep] if chance.integer(0, 1) else value + value[keep : keep + MORE])
 
@@ -175,6 +178,4 @@ def graft(chance: Chance, model: onnx.ModelProto) -> None:
         value.CopyFrom(choice(chance, found))
 
 
-FIELDS = (
-    *(drop_field, drop_element, double_element, swap_elements, swap_fields, change_field, resize_field, graft),
-)
+FIELDS = (*(drop_field, drop_element, double_element, swap_elements, swap_fields, change_field, resize_field, graft),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import onnx
 from onnx import helper
@@ -18,8 +19,9 @@ OPERATORS = (
 )
 VERSIONS = (-1, 0, 1, 6, 7, 8, 9, 11, 13, 18, 1 << 60)
 ATTRIBUTES = ("axis", "axes", "group", "perm", "split", "shape", "epsilon", "alpha", "transB", "pads", "value", "to")
+TYPES: tuple[Any, ...] = tuple(onnx.AttributeProto.AttributeType.values())
 DEPTHS = (1, 1, 2, 5, 31)
-"""Bodies around a node; 31 lie just within the hundred nested messages that protobuf reads, of which each takes three."""
+"""Bodies around a node, of three messages each; with 31 it lies just within the hundred that protobuf reads."""
 
 OnNode = Callable[[Chance, onnx.NodeProto], None]
 Mutation = Callable[[Chance, onnx.ModelProto], None]
@@ -119,7 +121,7 @@ def change_attribute(chance: Chance, node: onnx.NodeProto) -> None:
     elif attribute.type == onnx.AttributeProto.FLOAT:
         attribute.f = choice(chance, [0.0, -1.0, float("nan"), float("inf"), 1e38])
     else:
-        attribute.type = choice(chance, onnx.AttributeProto.AttributeType.values())
+        attribute.type = choice(chance, TYPES)
 
 
 @on_node
@@ -165,6 +167,23 @@ def double_node(chance: Chance, model: onnx.ModelProto) -> None:
     """A node of the main graph is there twice."""
     if model.graph.node:
         model.graph.node.append(choice(chance, model.graph.node))
+
+
+def insert(chance: Chance, model: onnx.ModelProto) -> None:
+    """An operator more on an edge, also on one from a constant: it takes the value, and perhaps others."""
+    nodes = [node for node in model.graph.node if node.input]
+    if not nodes:
+        return
+    node = choice(chance, nodes)
+    position, name = place(chance, node.input), f"inserted_{len(model.graph.node)}"
+    others = [choice(chance, _values(model)) for _ in range(chance.integer(0, 3))]
+    added = helper.make_node(choice(chance, OPERATORS), [node.input[position], *others], [name], name)
+    if chance.integer(0, 1):
+        added.attribute.append(
+            helper.make_attribute(choice(chance, ATTRIBUTES), choice(chance, [0, 1, -1, [0], [1, 0]]))
+        )
+    node.input[position] = name
+    model.graph.node.insert(0, added)
 
 
 def declare(chance: Chance, model: onnx.ModelProto) -> None:
@@ -258,5 +277,5 @@ def annotate(chance: Chance, model: onnx.ModelProto) -> None:
 NODES: tuple[Mutation, ...] = (
     *(drop_input, clear_input, clear_inputs, double_input, rewire, swap_inputs, drop_output, double_output),
     *(take_own_output, shadow, drop_attribute, change_attribute, add_attribute, change_operator, drop_node),
-    *(double_node, declare, change_version, drop_edge, nest, call, train, annotate),
+    *(double_node, insert, declare, change_version, drop_edge, nest, call, train, annotate),
 )

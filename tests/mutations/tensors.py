@@ -7,13 +7,13 @@ from math import prod
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from tests.mutations.chance import EXTENTS, TEXTS, Chance, choice, copied, of_kind, place
 from tests.mutations.nodes import Mutation
 
 TYPES = (-1, 0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 14, 16, 17, 20, 22, 23, 99)
-TYPED = {
+TYPED: dict[int, tuple[str, str]] = {
     TensorProto.FLOAT: ("float_data", "<f4"),
     TensorProto.DOUBLE: ("double_data", "<f8"),
     TensorProto.INT64: ("int64_data", "<i8"),
@@ -26,14 +26,23 @@ TYPED = {
 }
 """The typed field of a type, and how its raw bytes are read."""
 
-SPECIAL = {
+SPECIAL: dict[int, list[bytes]] = {
     TensorProto.FLOAT: [np.array(v, "<f4").tobytes() for v in (np.nan, np.inf, -np.inf, 0, 3e38, 1e-45, -1)],
     TensorProto.FLOAT16: [np.array(v, "<f2").tobytes() for v in (np.nan, np.inf, -np.inf, 0, 65504, 6e-8, -1)],
     TensorProto.DOUBLE: [np.array(v, "<f8").tobytes() for v in (np.nan, np.inf, -np.inf, 0, 1e308, 5e-324, -1)],
 }
 """Numbers that break arithmetic, as raw bytes."""
 
-LOCATIONS = ("model.onnx", "external_one_file/model.onnx.data", "no such file", ".", "..", "../model.onnx", "", "out.onnx")
+LOCATIONS = (
+    "model.onnx",
+    "external_one_file/model.onnx.data",
+    "no such file",
+    ".",
+    "..",
+    "../model.onnx",
+    "",
+    "out.onnx",
+)
 
 OnTensor = Callable[[Chance, TensorProto], None]
 
@@ -142,7 +151,9 @@ def put_outside(chance: Chance, tensor: TensorProto) -> None:
         tensor.external_data.add(key="location", value=choice(chance, LOCATIONS))
     tensor.data_location = TensorProto.EXTERNAL
     key = choice(chance, ["location", "offset", "length", "length", "checksum", "basepath"])
-    texts = LOCATIONS if key == "location" else ["", "-1", "0", "1", "4096", "1e3", "٣", str(1 << 63), "9" * 5000, *TEXTS]
+    texts = (
+        LOCATIONS if key == "location" else ["", "-1", "0", "1", "4096", "1e3", "٣", str(1 << 63), "9" * 5000, *TEXTS]
+    )
     tensor.external_data.add(key=key, value=choice(chance, texts))
 
 
@@ -157,6 +168,27 @@ def drop_initializer(chance: Chance, model: onnx.ModelProto) -> None:
     """An initializer is gone."""
     if model.graph.initializer:
         del model.graph.initializer[place(chance, model.graph.initializer)]
+
+
+def make_node(chance: Chance, model: onnx.ModelProto) -> None:
+    """An initializer becomes a node that makes it: a Constant, or a ConstantOfShape of its sizes."""
+    if not model.graph.initializer:
+        return
+    position = place(chance, model.graph.initializer)
+    tensor = copied(model.graph.initializer[position])
+    if chance.integer(0, 1):
+        node = helper.make_node("Constant", [], [tensor.name], value=tensor)
+    else:
+        value = helper.make_tensor("value", TensorProto.FLOAT, [1], [choice(chance, (0.0, 1.0, float("nan")))])
+        node = helper.make_node("ConstantOfShape", [f"{tensor.name}.sizes"], [tensor.name], value=value)
+        sizes = list(tensor.dims)
+        if sizes and chance.integer(0, 1):
+            sizes[place(chance, sizes)] = choice(chance, EXTENTS)
+        model.graph.initializer.append(
+            helper.make_tensor(f"{tensor.name}.sizes", TensorProto.INT64, [len(sizes)], sizes)
+        )
+    del model.graph.initializer[position]
+    model.graph.node.insert(0, node)
 
 
 def make_sparse(chance: Chance, model: onnx.ModelProto) -> None:
@@ -180,5 +212,5 @@ def make_sparse(chance: Chance, model: onnx.ModelProto) -> None:
 
 TENSORS: tuple[Mutation, ...] = (
     *(change_extent, change_rank, shrink, change_integers, change_floats, change_type, drop_payload, move_payload),
-    *(put_outside, name_alike, drop_initializer, make_sparse),
+    *(put_outside, name_alike, drop_initializer, make_node, make_sparse),
 )
