@@ -3,7 +3,7 @@
 * Nothing comes out but a report or an OnnxClpError; a warning is an error.
 * A scan, and a rewrite, takes at most LONGEST seconds of a processor; the input takes at most LARGEST bytes of memory.
 * The input and its data are what they were; beside them lie the files that a rewrite says it wrote, and nothing else.
-* What was written can be scanned. Reports of it can be printed, and hold no control character but the newline.
+* What a rewrite plans passes its own verification. What was written can be scanned. Reports of it can be printed, and hold no control character but the newline.
 * No file is left open.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, TypeVar
 
-from onnx_clp import OnnxClpError, ScanReport, runtime, sanitize, scan
+from onnx_clp import OnnxClpError, ScanReport, VerificationError, runtime, sanitize, scan
 from onnx_clp.report import json as json_report
 from onnx_clp.report import text as text_report
 from onnx_clp.report.outcome import Outcome as Reported
@@ -189,7 +189,12 @@ class _Steps:
         self.findings.append(Finding(kind, summary, detail))
 
     def take(self, name: str, step: Callable[[], Result], *, refusal: bool = True) -> Result | None:
-        """What a step gives; None where it raises, with a finding unless it is an OnnxClpError and may be one."""
+        """What a step gives; None where it raises, with a finding unless it is an OnnxClpError and may be one.
+
+        After a step that took too long none is taken: they would take as long.
+        """
+        if self.cut_short:
+            return None
         began, result = time.process_time(), None
         try:
             with _timed(), warnings.catch_warnings():
@@ -198,7 +203,7 @@ class _Steps:
             self.ended.append(f"{name}: done")
         except OnnxClpError as error:
             self.ended.append(f"{name}: {type(error).__name__}")
-            if not refusal:
+            if not refusal or isinstance(error, VerificationError):
                 self._note("law", name, error)
         except OverTimeError as error:
             self.cut_short = True  # a rewrite that is broken off at any place may leave its files
@@ -211,7 +216,10 @@ class _Steps:
     def _note(self, kind: str, step: str, error: BaseException) -> None:
         self.ended.append(f"{step}: {kind}")
         detail = "".join(traceback.format_exception(error))
-        self.find(kind, f"{type(error).__name__} {_where(error)}", f"step: {step}\n\n{detail}")
+        where = _where(error)
+        if kind == "time":  # where it was when the time was over is chance, but for the module
+            where = where.rpartition("(")[2].partition(":")[0]
+        self.find(kind, f"{type(error).__name__} {where}", f"step: {step}\n\n{detail}")
 
 
 def _where(error: BaseException) -> str:

@@ -96,7 +96,7 @@ def test_planted_faults_are_found_kept_and_shown_again(tmp_path: Path) -> None:
 
 # ---- what a trial sees, in a process of its own: it bounds its memory, leaves its folder, forgets onnxruntime
 
-SMALL = {"LONGEST": 1.0, "LARGEST": 64 << 20, "HARD_STOP": 256 << 20}
+SMALL = {"LONGEST": 1.0, "LARGEST": 16 << 20, "HARD_STOP": 256 << 20}
 """Limits that are quick to go beyond; the trial of a built model stays within."""
 
 
@@ -122,7 +122,7 @@ def _computes() -> None:
 
 
 def _fills() -> None:
-    np.ones(100 << 20, np.uint8)
+    np.ones(24 << 20, np.uint8)
 
 
 def _asks_for_too_much() -> None:

@@ -186,6 +186,29 @@ def insert(chance: Chance, model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, added)
 
 
+def chain(chance: Chance, model: onnx.ModelProto) -> None:
+    """Operators on an edge, each of which takes what the one before it gives twice: it may double with each."""
+    nodes = [node for node in model.graph.node if node.input]
+    if not nodes:
+        return
+    node = choice(chance, nodes)
+    position = place(chance, node.input)
+    value, operator = node.input[position], choice(chance, ["Concat", "Add", "Mul", "Sum", "Where", "Max", "MatMul"])
+    axis = choice(chance, [0, 1, -1])
+    added = []
+    for number in range(choice(chance, (2, 20, 40))):
+        made = f"chained_{len(model.graph.node)}_{number}"
+        given = [value] * (3 if operator == "Where" else 2)
+        added.append(helper.make_node(operator, given, [made], made))
+        if operator == "Concat":
+            added[-1].attribute.append(helper.make_attribute("axis", axis))
+        value = made
+    node.input[position] = value
+    before = [*added, *map(copied, model.graph.node)]
+    del model.graph.node[:]
+    model.graph.node.extend(before)
+
+
 def declare(chance: Chance, model: onnx.ModelProto) -> None:
     """A declared shape that is not the value's: of another rank or with sizes that cannot be."""
     shape = [choice(chance, [None, "N", *EXTENTS]) for _ in range(chance.integer(0, 6))]
@@ -239,7 +262,7 @@ def call(chance: Chance, model: onnx.ModelProto) -> None:
     if not model.graph.node:
         return
     node = choice(chance, model.graph.node)
-    count, times = choice(chance, (1, 2, 8)), choice(chance, (1, 2))
+    count, times = choice(chance, (1, 2, 8, 24)), choice(chance, (1, 2))
     opsets = list(model.opset_import)
     inputs = list(dict.fromkeys(name for name in node.input if name))
     last = copied(node)
@@ -277,5 +300,5 @@ def annotate(chance: Chance, model: onnx.ModelProto) -> None:
 NODES: tuple[Mutation, ...] = (
     *(drop_input, clear_input, clear_inputs, double_input, rewire, swap_inputs, drop_output, double_output),
     *(take_own_output, shadow, drop_attribute, change_attribute, add_attribute, change_operator, drop_node),
-    *(double_node, insert, declare, change_version, drop_edge, nest, call, train, annotate),
+    *(double_node, insert, chain, declare, change_version, drop_edge, nest, call, train, annotate),
 )
