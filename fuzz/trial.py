@@ -3,7 +3,8 @@
 * Nothing comes out but a report or an OnnxClpError; a warning is an error.
 * A scan, and a rewrite, takes at most LONGEST seconds of a processor; the input takes at most LARGEST bytes of memory.
 * The input and its data are what they were; beside them lie the files that a rewrite says it wrote, and nothing else.
-* What a rewrite plans passes its own verification. What was written can be scanned. Reports of it can be printed, and hold no control character but the newline.
+* What a rewrite plans passes its own verification, and what was written can be scanned.
+* Reports can be printed, and hold no control character but the newline.
 * No file is left open.
 """
 
