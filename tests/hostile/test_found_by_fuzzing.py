@@ -49,7 +49,6 @@ def reshaped_kernel(*, quantised: bool) -> tuple[Net, Array]:
     return net, kernel.reshape(8, 1, 3, 3)
 
 
-@pytest.mark.xfail(reason="Constants.view leaves its result where the value of the step is looked up", strict=True)
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.usefixtures("without_onnxruntime")
 def test_a_small_kernel_behind_a_reshape_keeps_its_numbers_in_a_copy(tmp_path: Path, *, quantised: bool) -> None:
