@@ -135,11 +135,10 @@ def _confirmed(folder: Path, found: Counter[str]) -> list[str]:
     """The names of the findings; without those of time and memory that a process of its own does not show."""
     names = []
     for name in sorted(found):
-        if name.startswith(("time-", "memory-")):
-            if not _again(folder / f"{name}.onnx"):
-                for suffix in (".onnx", ".txt"):
-                    (folder / name).with_suffix(suffix).unlink()
-                continue
+        if name.startswith(("time-", "memory-")) and not _again(folder / f"{name}.onnx"):
+            for suffix in (".onnx", ".txt"):
+                (folder / name).with_suffix(suffix).unlink()
+            continue
         names.append(name)
     return names
 

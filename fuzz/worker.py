@@ -67,7 +67,9 @@ class Tally:
             "ended": self.ended,
             "found": self.found,
         }
-        self.path.write_text(json.dumps(figures), encoding="utf-8")
+        new = self.path.with_suffix(".new")  # the process may be killed at any time
+        new.write_text(json.dumps(figures), encoding="utf-8")
+        new.replace(self.path)
 
 
 def mutated(content: bytes, most: int, seed: int) -> bytes:
