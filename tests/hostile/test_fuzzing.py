@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,10 @@ def _refuses() -> None:
     raise onnx_clp.ModelFileError("planted")
 
 
+def _is_not_as_planned() -> None:
+    raise onnx_clp.VerificationError("planted")
+
+
 def _warns() -> None:
     warnings.warn("planted", RuntimeWarning, stacklevel=1)
 
@@ -120,7 +125,8 @@ def _divides() -> None:
 
 
 def _computes() -> None:
-    while True:
+    end = time.process_time() + 4 * SMALL["LONGEST"]
+    while time.process_time() < end:
         pass
 
 
@@ -157,6 +163,7 @@ PLANTED: dict[str, tuple[Callable[[], None], list[str]]] = {
     "nothing": (lambda: None, []),
     "an error of ours": (_refuses, []),
     "an exception": (_raises, ["exception"]),
+    "an error of ours that says of a plan that it was wrong": (_is_not_as_planned, ["law"]),
     "a warning": (_warns, ["exception"]),
     "a warning of NumPy": (_divides, ["exception"]),
     "more time": (_computes, ["time"]),
