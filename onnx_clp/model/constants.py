@@ -146,7 +146,11 @@ class Constants:
                     held += self._size_in_memory(top)
                     self.meter.fits(held)
                     operands = [None if operand is None else done[id(operand)] for operand in top.operands]
-                    done[id(top)] = self._compute(top, operands)
+                    done[id(top)] = array = self._compute(top, operands)
+                    if array.size <= EAGER_LIMIT:
+                        self._recent[top] = array
+                        if len(self._recent) > RECENT_LIMIT:
+                            self._recent.popitem(last=False)
         return done[id(constant)]
 
     def _size_in_memory(self, derived: Derived) -> int:
@@ -156,15 +160,10 @@ class Constants:
     def _compute(self, derived: Derived, operands: list[Array | None]) -> Array:
         self.meter.touch(0 if derived.node.op_type in VIEWS else derived.size)
         try:
-            array = compute(derived.node, operands)
+            return compute(derived.node, operands)
         except UNFIT as error:
             name = self._graph.name_of(derived.node.outputs[0])
             raise PayloadError(f"weight {name!r} cannot be computed: {derived.node.op_type}: {error}") from error
-        if array.size <= EAGER_LIMIT:
-            self._recent[derived] = array
-            if len(self._recent) > RECENT_LIMIT:
-                self._recent.popitem(last=False)
-        return array
 
     def _store(self, value: int, proto: onnx.TensorProto | onnx.SparseTensorProto) -> None:
         try:

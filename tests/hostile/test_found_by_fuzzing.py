@@ -1,0 +1,79 @@
+"""What fuzzing found, each with the smallest model that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from onnx_clp import runtime, sanitize
+from tests.cases.net import PLANTED, Array, Net
+
+
+def saved(net: Net, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    path.write_bytes(net.case("model").model.SerializeToString())
+    return path
+
+
+def own_constant(path: Path) -> Array:
+    """The constant that a rewrite put in front of a node."""
+    (node,) = (node for node in onnx.load(path).graph.node if node.name.endswith("__silenced"))
+    return numpy_helper.to_array(node.attribute[0].t)
+
+
+@pytest.fixture
+def without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed: what is written is verified by a new scan alone."""
+    monkeypatch.setattr(runtime, "available", lambda: False)
+
+
+def reshaped_kernel(*, quantised: bool) -> tuple[Net, Array]:
+    """A convolution whose small kernel goes through a Reshape, and which a graph output reads too; and the kernel."""
+    net = Net()
+    x = net.feed("N", 1, 8, 8)
+    kernel = net.kernel(8, 9)
+    if quantised:
+        stored = np.clip(np.round(kernel * 16), -128, 127).astype(np.int8)
+        kernel = stored.astype(np.float32) / 16
+        zero, scale = net.tensor(np.zeros(8, np.int8), "zero"), net.tensor(np.full(8, 1 / 16, np.float32), "scale")
+        flat = net.op("DequantizeLinear", net.tensor(stored, "weight"), scale, zero, name="dequantize", axis=0)
+    else:
+        flat = net.tensor(kernel, "weight")
+    shaped = net.op("Reshape", flat, net.integers(8, 1, 3, 3, name="sizes"), name="reshape")
+    net.tail(net.conv(x, shaped, name="conv", kernel_shape=[3, 3]), 8)
+    net.give(shaped)
+    return net, kernel.reshape(8, 1, 3, 3)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.usefixtures("without_onnxruntime")
+def test_a_small_kernel_behind_a_reshape_keeps_its_numbers_in_a_copy(tmp_path: Path, *, quantised: bool) -> None:
+    """Following the elements through the Reshape must not change what the Reshape is taken to give."""
+    net, kernel = reshaped_kernel(quantised=quantised)
+    kernel[PLANTED] = 0
+    report = sanitize(saved(net, tmp_path), tmp_path / "out.onnx", u=1.5, max_share=1)
+    assert [part.channels for part in report.silenced] == [(PLANTED,)]
+    assert np.array_equal(own_constant(tmp_path / "out.onnx"), kernel)
+
+
+def powers_of_two() -> Net:
+    """A kernel of FLOAT8E8M0, of which every number is a power of two, and none is zero."""
+    net = Net(opset=24, ir=11)
+    x = net.feed("N", 1, 4, 4)
+    exponents = bytes([127, 127, 127, 127, 127, 137, 127, 127])
+    kernel = TensorProto(name="kernel", dims=[8, 1, 1, 1], data_type=TensorProto.FLOAT8E8M0, raw_data=exponents)
+    cast = net.op("Cast", net.tensor(kernel, "kernel"), name="cast", to=TensorProto.FLOAT)
+    net.tail(net.conv(x, cast, name="conv", kernel_shape=[1, 1]), 8)
+    return net
+
+
+@pytest.mark.xfail(reason="the rewrite fails its verification instead of leaving the layer", strict=True)
+@pytest.mark.usefixtures("without_onnxruntime")
+def test_a_channel_of_numbers_that_cannot_be_zero_is_left(tmp_path: Path) -> None:
+    report = sanitize(saved(powers_of_two(), tmp_path), tmp_path / "out.onnx", u=1.5, max_share=1)
+    assert not report.silenced
+    assert [part.channels for part in report.left] == [(PLANTED,)]
