@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -154,7 +154,7 @@ class _Planner:
         except UNFIT:
             return "a constant of it does not have the shape that its operator needs"
         except PayloadError as error:
-            if error.reason != "limit":
+            if error.reason not in _LEFT:
                 raise
             return error.message
 
@@ -213,7 +213,7 @@ class _Planner:
     def rest(self, knob: Knob, data: Array) -> Array:
         """The value of a silent element: zero, or the zero point, in a form that broadcasts against ``data``."""
         value = knob.node.input(knob.zero_point) if knob.zero_point != MISSING else MISSING
-        zero = np.zeros((), data.dtype) if value == MISSING else self.constants.array(value).astype(data.dtype)
+        zero = _zero(data.dtype) if value == MISSING else self.constants.array(value).astype(data.dtype)
         return per_axis(zero, data, 0, 1)
 
     def readers(self) -> dict[Place, set[tuple[int, int]]]:
@@ -264,7 +264,7 @@ class _Planner:
 
         ``chain`` leads from the constant that is read back to ``root``.
         """
-        rest: Array = np.zeros((), root.dtype)
+        rest: Array = _zero(root.dtype)
         if not chain:
             return None, rest
         positions: Indices = np.arange(root.size).reshape(root.shape)
@@ -320,6 +320,20 @@ class _Planner:
 
 _PLANNED: Final = 3 * 8
 """Bytes for each element of a constant while it is planned how to silence channels of it."""
+
+
+_NO_ZERO: Final = "no-zero"
+_LEFT: Final = frozenset({"limit", _NO_ZERO})
+"""Reasons for which one site is left; where a constant cannot be read, nothing is written."""
+
+
+def _zero(dtype: np.dtype[Any]) -> Array:
+    """0 of this type. Raises PayloadError where there is none: FLOAT8E8M0 holds powers of two alone."""
+    zero = np.zeros((), dtype)
+    if zero.astype(np.float64) != 0:
+        raise PayloadError(f"numbers of type {dtype} cannot be 0", _NO_ZERO)
+    return zero
+
 
 _VIEWS: Final = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _PASSING: Final = _VIEWS | {"Cast", "DequantizeLinear", "QuantizeLinear"}

@@ -71,7 +71,6 @@ def powers_of_two() -> Net:
     return net
 
 
-@pytest.mark.xfail(reason="the rewrite fails its verification instead of leaving the layer", strict=True)
 @pytest.mark.usefixtures("without_onnxruntime")
 def test_a_channel_of_numbers_that_cannot_be_zero_is_left(tmp_path: Path) -> None:
     report = sanitize(saved(powers_of_two(), tmp_path), tmp_path / "out.onnx", u=1.5, max_share=1)
