@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model.fold",),
     ("model.constants",),
     ("model.patch", "model.save"),
+    ("model.place",),
     # the sites and their bounds
     ("operators",),
     ("shapes", "heads", "flow"),

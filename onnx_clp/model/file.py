@@ -101,12 +101,15 @@ class ModelFile:
             raise ModelFileError(f"{self.path}: external data file {location!r} is missing", "copy it beside the model")
         return target
 
+    def sources(self) -> Iterator[ByteSource]:
+        """The model and every data file that was opened."""
+        yield self.source
+        yield from (data for data in self._data.values() if isinstance(data, ByteSource))
+
     def close(self) -> None:
         """Close the file and its data files."""
-        self.source.close()
-        for data in self._data.values():
-            if isinstance(data, ByteSource):
-                data.close()
+        for source in self.sources():
+            source.close()
 
     def __enter__(self) -> Self:
         return self
