@@ -63,7 +63,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report.evaluate_text", "report.csv", "report.plot", "report.sweep_json", "report.tac_json"),
     ("report.sweep_text", "report.tac_text", "report.demo_text"),
     ("",),  # onnx_clp itself: the names that users import
-    ("cli.exits", "cli.options"),
+    ("cli.exits", "cli.output"),
+    ("cli.options",),
     ("cli.scan", "cli.sanitize", "cli.evaluate", "cli.demo"),
     ("cli.command",),
     ("cli",),

@@ -18,7 +18,7 @@ from typing import Final
 
 from onnx_clp.errors import ModelFileError, UsageError, VerificationError
 from onnx_clp.model.file import open_model
-from onnx_clp.model.save import Rewrite, bears_name, check_unchanged
+from onnx_clp.model.save import Rewrite, bears_name, check_unchanged, finish
 
 LOCK_WAIT: Final = 10.0
 """Seconds to wait for another run that moves its files into the same folder, which takes some milliseconds."""
@@ -50,7 +50,7 @@ def move_into_place(rewrite: Rewrite, *, force: bool, in_place: bool) -> None:
         except OSError as error:
             raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error
         finally:
-            _take_back(rewrite)
+            finish(lambda: _take_back(rewrite))
         for path in former:
             with suppress(OSError):
                 path.unlink()

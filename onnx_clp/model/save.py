@@ -176,7 +176,16 @@ def rewritten(
     except OSError as error:
         raise UsageError(f"cannot write {destination}: {error.strerror or error}", "nothing was left behind") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        finish(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def finish(action: Callable[[], None]) -> None:
+    """Do ``action``, which may be done twice, to its end, even where an interrupt comes."""
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
 
 
 def _copies(
