@@ -684,6 +684,24 @@ def test_the_written_file_is_scanned_anew(
     assert contents(tmp_path) == before
 
 
+def test_a_bound_may_only_change_where_something_was_silenced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer that was left has half the numbers it had: no bound grew, but it is not the model any more."""
+
+    def quieter(path: Path) -> None:
+        model = oracle.load(path)
+        first = next(node for node in model.graph.node if node.op_type == "Conv")
+        (weight,) = (t for t in model.graph.initializer if t.name == first.input[1])
+        halved = (numpy_helper.to_array(weight) / 2).tobytes()
+        path.write_bytes(path.read_bytes().replace(weight.raw_data, halved))
+
+    source = saved("conv_bn_chain", tmp_path)
+    before = contents(tmp_path)
+    spoil(monkeypatch, "verify", quieter, -1)
+    with pytest.raises(VerificationError, match="'bn_0' changed, and nothing was silenced there"):
+        sanitize(source, tmp_path / "out.onnx", max_share=0.05)  # which leaves bn_0
+    assert contents(tmp_path) == before
+
+
 def test_a_channel_that_is_not_silent_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved("folded", tmp_path)
     before = contents(tmp_path)

@@ -18,7 +18,7 @@ from typing import Final
 
 from onnx_clp.errors import ModelFileError, UsageError, VerificationError
 from onnx_clp.model.file import open_model
-from onnx_clp.model.save import Rewrite, bears_name, check_unchanged, finish
+from onnx_clp.model.save import Rewrite, bears_name, check_unchanged
 
 LOCK_WAIT: Final = 10.0
 """Seconds to wait for another run that moves its files into the same folder, which takes some milliseconds."""
@@ -42,15 +42,15 @@ def move_into_place(rewrite: Rewrite, *, force: bool, in_place: bool) -> None:
         _check(rewrite, destination, force=force, in_place=in_place)
         former = _former_data(rewrite, destination) if force and not in_place else []
         try:
-            for copy in rewrite.files:
-                if copy.target is not None:
-                    if in_place:
-                        copy.path.chmod(copy.source.mode & 0o777)
-                    copy.path.replace(copy.target)
-        except OSError as error:
-            raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error
+            # Twice: the first may be interrupted.
+            try:
+                _move(rewrite, keep_rights=in_place)
+            except OSError as error:
+                raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error
+            finally:
+                _take_back(rewrite)
         finally:
-            finish(lambda: _take_back(rewrite))
+            _take_back(rewrite)
         for path in former:
             with suppress(OSError):
                 path.unlink()
@@ -87,15 +87,16 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 def _check(rewrite: Rewrite, destination: Path, *, force: bool, in_place: bool) -> None:
     """Raise where the sources or the places are not what they were when the copies were made."""
-    for copy in rewrite.files:
+    for copy in (rewrite.model, *rewrite.data):
         path = destination if copy is rewrite.model else copy.source.path
         if in_place and not copy.source.is_at(path):
             raise VerificationError(f"{path} was replaced while it was copied", "run again")
         check_unchanged(copy.source)
-        if copy is not rewrite.model and copy.target is not None and os.path.lexists(copy.target):
-            raise UsageError(f"{copy.target} was made by another program meanwhile", "run again")
     if os.path.lexists(destination) and not (force or in_place):
         raise UsageError(f"{destination} exists", "name another file, or say --force")
+    for copy in rewrite.data:
+        if copy.target is not None and os.path.lexists(copy.target):
+            raise UsageError(f"{copy.target} was made by another program meanwhile", "run again")
 
 
 def _former_data(rewrite: Rewrite, destination: Path) -> list[Path]:
@@ -121,6 +122,14 @@ def _may_go(path: Path, rewrite: Rewrite) -> bool:
     except OSError:
         return False
     return regular and not any(copy.source.is_at(path) for copy in rewrite.files)
+
+
+def _move(rewrite: Rewrite, *, keep_rights: bool) -> None:
+    for copy in rewrite.files:
+        if copy.target is not None:
+            if keep_rights:
+                copy.path.chmod(copy.source.mode & 0o777)
+            copy.path.replace(copy.target)
 
 
 def _take_back(rewrite: Rewrite) -> None:

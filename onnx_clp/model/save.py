@@ -171,21 +171,17 @@ def rewritten(
     # interrupt would leave it; nobody can guess it.
     folder = destination.parent / f".onnx-clp-{secrets.token_hex(8)}.tmp"
     try:
-        folder.mkdir(0o700)
-        yield _copies(file, edits, names, folder, destination)
-    except OSError as error:
-        raise UsageError(f"cannot write {destination}: {error.strerror or error}", "nothing was left behind") from error
+        # Twice: the first may be interrupted.
+        try:
+            folder.mkdir(0o700)
+            yield _copies(file, edits, names, folder, destination)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"cannot write {destination}: {reason}", "nothing was left behind") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        finish(lambda: shutil.rmtree(folder, ignore_errors=True))
-
-
-def finish(action: Callable[[], None]) -> None:
-    """Do ``action``, which may be done twice, to its end, even where an interrupt comes."""
-    try:
-        action()
-    except BaseException:
-        action()
-        raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copies(
