@@ -29,7 +29,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def _file_at(path: Path) -> Path | None:
     """The regular file, there or not yet, that ``path`` leads to; None where that is something else."""
     for _ in range(_LINKS):
-        path = path.parent.resolve() / path.name
+        path = Path(os.path.realpath(path.parent), path.name)
         # /dev/stdout leads here: the file behind it, if it is one, is open and would be written to no longer.
         if str(path).startswith(("/proc/", "/dev/fd/")):
             return None

@@ -65,7 +65,7 @@ class Rewrite:
 
 def is_in_place(file: ModelFile, destination: Path) -> bool:
     """Whether ``destination`` is the very name of the model."""
-    return destination.resolve() == file.path.resolve()
+    return os.path.realpath(destination) == os.path.realpath(file.path)
 
 
 def data_names(file: ModelFile, destination: Path, edited: Collection[str]) -> dict[str, str]:
@@ -102,9 +102,8 @@ def _first_free(name: str, taken: Callable[[str], bool]) -> str:
 
 def _is_below(folder: Path, location: str) -> bool:
     """Whether the file ``location`` lies in ``folder``, or below it and on no way through a link."""
-    here = folder.resolve()
-    inner = here / Path(location).parent
-    return not Path(location).is_absolute() and inner.resolve() == inner
+    inner = Path(os.path.realpath(folder), location).parent
+    return not Path(location).is_absolute() and os.path.realpath(inner) == os.fspath(inner)
 
 
 def bears_name(name: str, model: Path) -> bool:

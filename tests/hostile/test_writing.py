@@ -349,6 +349,20 @@ def test_a_pipe_at_the_destination_is_refused(tmp_path: Path, *, force: bool, li
     assert nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_links_in_a_circle_at_the_destination(tmp_path: Path, *, force: bool) -> None:
+    source, target = inline(tmp_path), tmp_path / "one"
+    target.symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    for path, said in ((target / "out.onnx", "does not exist"), *([] if force else [(target, "exists")])):
+        with pytest.raises(UsageError, match=said):
+            sanitize(source, path, force=force)
+    assert target.is_symlink()
+    for path in (target, target / "report.txt"):
+        assert invoke(["scan", str(source), "-o", str(path)]) == 2
+    assert nothing_left(tmp_path)
+
+
 @pytest.mark.usefixtures("_no_runtime")
 def test_a_folder_that_appears_at_the_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = external(tmp_path)
