@@ -78,7 +78,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
                 passed=True,
                 detail=f"{changed:,} bytes replaced; but for the note at the end, every other byte is the input's",
             )
-            move_into_place(written, force=options.force, in_place=in_place)
+            move_into_place(written, destination, force=options.force, in_place=in_place)
         return replace(
             report,
             written=True,

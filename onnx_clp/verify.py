@@ -40,7 +40,7 @@ def verify(
 ) -> tuple[tuple[Check, ...], ScanReport]:
     """Verify the written files. Raises VerificationError where one is not what was planned."""
     checks: list[Check] = []
-    with open_model(rewrite.model.path, limits=analysis.file.meter.limits) as written:
+    with open_model(rewrite.model, limits=analysis.file.meter.limits) as written:
         report = analysis.report
         again = analyse(written, report.u, count_dead=report.count_dead, name=name)
         checks.append(_check_scan(analysis, again, done))
@@ -152,7 +152,7 @@ def _check_runtime(
     if not runtime.available():
         yield Check("onnxruntime-load", passed=None, detail="onnxruntime is not installed")
         return
-    refusal = runtime.load_error(rewrite.model.path)
+    refusal = runtime.load_error(rewrite.model)
     if refusal:
         original = runtime.load_error(analysis.file.path)
         if not original:
@@ -165,7 +165,7 @@ def _check_runtime(
         yield Check("onnxruntime-run", passed=None, detail="no silenced channel can be observed")
         return
     try:
-        count = runtime.check_silence(rewrite.model.path, observed, input_shapes, rewrite.folder)
+        count = runtime.check_silence(rewrite.model, observed, input_shapes, rewrite.folder)
     except runtime.NotRun as reason:
         yield Check("onnxruntime-run", passed=None, detail=str(reason))
         return

@@ -24,11 +24,12 @@ LOCK_WAIT: Final = 10.0
 """Seconds to wait for another run that moves its files into the same folder, which takes some milliseconds."""
 
 
-def move_into_place(rewrite: Rewrite, *, force: bool, in_place: bool) -> None:
+def move_into_place(rewrite: Rewrite, destination: Path, *, force: bool, in_place: bool) -> None:
     """Rename the files to their places; nothing is moved where the model is not.
 
     Args:
         rewrite: The verified copies.
+        destination: The place of the model.
         force: Replace a model that is there, and remove the data files that bear its name and that it referred to.
         in_place: Replace the very file that was read.
 
@@ -36,8 +37,6 @@ def move_into_place(rewrite: Rewrite, *, force: bool, in_place: bool) -> None:
         UsageError: Something else has one of the names, or the folder cannot be written to.
         VerificationError: A source was changed or replaced since it was opened.
     """
-    destination = rewrite.model.target
-    assert destination is not None
     with _alone(destination.parent):
         _check(rewrite, destination, force=force, in_place=in_place)
         former = _former_data(rewrite, destination) if force and not in_place else []
@@ -87,14 +86,15 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 def _check(rewrite: Rewrite, destination: Path, *, force: bool, in_place: bool) -> None:
     """Raise where the sources or the places are not what they were when the copies were made."""
-    for copy in (rewrite.model, *rewrite.data):
-        path = destination if copy is rewrite.model else copy.source.path
+    *data, model = rewrite.files
+    for copy in (model, *data):
+        path = destination if copy is model else copy.source.path
         if in_place and not copy.source.is_at(path):
             raise VerificationError(f"{path} was replaced while it was copied", "run again")
         check_unchanged(copy.source)
     if os.path.lexists(destination) and not (force or in_place):
         raise UsageError(f"{destination} exists", "name another file, or say --force")
-    for copy in rewrite.data:
+    for copy in data:
         if copy.target is not None and os.path.lexists(copy.target):
             raise UsageError(f"{copy.target} was made by another program meanwhile", "run again")
 
@@ -135,9 +135,9 @@ def _move(rewrite: Rewrite, *, keep_rights: bool) -> None:
 def _take_back(rewrite: Rewrite) -> None:
     """Remove the data files that were moved where the model was not."""
     # Asked of the disk, not remembered: an interrupt may come between a rename and a note of it.
-    if not os.path.lexists(rewrite.model.path):
+    if not os.path.lexists(rewrite.model):
         return
-    for copy in rewrite.data:
+    for copy in rewrite.files:
         if copy.target is not None and not os.path.lexists(copy.path):
             with suppress(OSError):
                 copy.target.unlink()

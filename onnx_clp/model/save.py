@@ -49,18 +49,16 @@ class Rewrite:
 
     Attributes:
         folder: The temporary folder that holds it.
-        model: The copy of the model in it.
-        data: The copies of its data files in it.
+        files: Every file in it, the model last.
     """
 
     folder: Path
-    model: Copy
-    data: tuple[Copy, ...]
+    files: tuple[Copy, ...]
 
     @property
-    def files(self) -> tuple[Copy, ...]:
-        """Every file, the model last."""
-        return (*self.data, self.model)
+    def model(self) -> Path:
+        """The copy of the model."""
+        return self.files[-1].path
 
 
 def is_in_place(file: ModelFile, destination: Path) -> bool:
@@ -189,11 +187,12 @@ def _copies(
     in_place = is_in_place(file, destination)
     # Not called *.onnx, so that a scan of the folder does not meet what a killed run left.
     part = _first_free("model.part", {name.split("/", 1)[0] for name in names.values()}.__contains__)
-    data = []
+    files = []
     for location, name in names.items():
         target = None if in_place and name == location else destination.parent / name
-        data.append(_copy(file.data_file(location), edits.get(location, ()), folder / name, target))
-    return Rewrite(folder, _copy(file.source, edits.get("", ()), folder / part, destination), tuple(data))
+        files.append(_copy(file.data_file(location), edits.get(location, ()), folder / name, target))
+    files.append(_copy(file.source, edits.get("", ()), folder / part, destination))
+    return Rewrite(folder, tuple(files))
 
 
 def _copy(source: ByteSource, edits: Sequence[Edit], path: Path, target: Path | None) -> Copy:
@@ -241,7 +240,7 @@ def check_unchanged(source: ByteSource) -> None:
 
 def add_at_end(rewrite: Rewrite, content: bytes) -> None:
     """Add ``content`` behind the model, and read it back."""
-    with rewrite.model.path.open("r+b", buffering=0) as file:
+    with rewrite.model.open("r+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         _write_all(file, content)
         file.seek(end)

@@ -213,21 +213,6 @@ def test_a_disk_that_is_full(kind: str, way: str, tmp_path: Path, ask: Ask) -> N
     assert dead(target) == [(5,)]
 
 
-def test_a_disk_that_is_full_when_the_copy_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Onnxruntime is given a copy with more outputs, which needs room too."""
-    source = inline(tmp_path)
-    before = contents(tmp_path)
-
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(runtime, "check_silence", full)
-    with pytest.raises(UsageError, match="No space left"):
-        sanitize(source, tmp_path / "out.onnx")
-    assert contents(tmp_path) == before
-    assert nothing_left(tmp_path)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 kB."""
