@@ -112,16 +112,18 @@ def _former_data(rewrite: Rewrite, destination: Path) -> list[Path]:
             names = [name for name in former.locations() if bears_name(name, destination) and not {*name} & {"/", "\0"}]
     except (OSError, ModelFileError):
         return []
-    return [path for path in map(destination.with_name, names) if _may_go(path, rewrite)]
+    return [path for path in map(destination.with_name, names) if _may_go(path, status, rewrite)]
 
 
-def _may_go(path: Path, rewrite: Rewrite) -> bool:
-    """Whether ``path`` is a file, no link, and none of the input."""
+def _may_go(path: Path, former: os.stat_result, rewrite: Rewrite) -> bool:
+    """Whether ``path`` is a file, no link, none of the input, and not the ``former`` model itself."""
     try:
-        regular = stat.S_ISREG(path.lstat().st_mode)
+        status = path.lstat()
     except OSError:
         return False
-    return regular and not any(copy.source.is_at(path) for copy in rewrite.files)
+    if not stat.S_ISREG(status.st_mode) or os.path.samestat(status, former):
+        return False
+    return not any(copy.source.is_at(path) for copy in rewrite.files)
 
 
 def _move(rewrite: Rewrite, *, keep_rights: bool) -> None:

@@ -406,7 +406,7 @@ def test_force_removes_the_data_of_the_model_it_replaces(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("_no_runtime")
 @pytest.mark.parametrize(
-    "reason", ["named otherwise", "in a folder", "a link", "of the input", "a second name", "through a link"]
+    "reason", ["named otherwise", "in a folder", "a link", "of the input", "a second name", "through a link", "itself"]
 )
 def test_force_removes_no_data_that_another_may_use(reason: str, tmp_path: Path) -> None:
     source, target = inline(tmp_path / "in"), tmp_path / "out.onnx"
@@ -415,6 +415,10 @@ def test_force_removes_no_data_that_another_may_use(reason: str, tmp_path: Path)
         target = tmp_path / "out.model"
         data = "out.model.d/a"
     external(tmp_path, data=data).rename(target)
+    if reason == "itself":
+        model = onnx.load(target, load_external_data=False)
+        model.graph.initializer[0].external_data[0].value = target.name
+        target.write_bytes(model.SerializeToString())
     if reason == "a link":
         (tmp_path / data).rename(tmp_path / "real")
         (tmp_path / data).symlink_to("real")
