@@ -41,13 +41,9 @@ def move_into_place(rewrite: Rewrite, destination: Path, *, force: bool, in_plac
         _check(rewrite, destination, force=force, in_place=in_place)
         former = _former_data(rewrite, destination) if force and not in_place else []
         try:
-            # Twice: the first may be interrupted.
-            try:
-                _move(rewrite, keep_rights=in_place)
-            except OSError as error:
-                raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error
-            finally:
-                _take_back(rewrite)
+            _move(rewrite, keep_rights=in_place)
+        except OSError as error:
+            raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error
         finally:
             _take_back(rewrite)
         for path in former:
