@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onnx_clp._version import __version__
 from onnx_clp.defaults import DEFAULT_U, check_u
-from onnx_clp.errors import OnnxClpError
+from onnx_clp.errors import ModelFileError, OnnxClpError
 from onnx_clp.judge import Judgement, Status, judge
 from onnx_clp.kernels import Measured, measure
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
@@ -176,7 +176,10 @@ class Analysis:
 
 
 def analyse(file: ModelFile, u: float, *, count_dead: bool, name: str) -> Analysis:
-    """Scan the open ``file``, which the report calls ``name``."""
+    """Scan the open ``file``, which the report calls ``name``.
+
+    Raises ModelFileError where it, or a data file that was read, is not what it was when it was opened.
+    """
     graph = build_graph(file)
     constants = Constants(file, graph)
     known = shapes(graph, constants)
@@ -185,6 +188,9 @@ def analyse(file: ModelFile, u: float, *, count_dead: bool, name: str) -> Analys
     measured, unreadable = measure(found, traced, constants)
     layers = tuple(_layer(part, judge(part.bounds, u, count_dead=count_dead)) for part in measured)
     skipped = tuple(_skipped(part) for part in (*found.skipped, *unreadable))
+    for source in file.sources():
+        if not source.unchanged():
+            raise ModelFileError(f"{source.path} was changed or replaced while it was scanned", "scan it again")
     return Analysis(
         file, graph, constants, measured, ScanReport(name, u, count_dead, layers, skipped, data_files=_data_files(file))
     )
@@ -211,7 +217,8 @@ def scan(
         The report: every layer with its bounds (one float per channel), and every part that was not judged.
 
     Raises:
-        ModelFileError: The file is missing, unreadable, truncated, corrupt or no ONNX model.
+        ModelFileError: The file is missing, unreadable, truncated, corrupt or no ONNX model, or it was changed or
+            replaced while it was scanned.
         UsageError: ``u`` is negative or not finite.
     """
     check_u(u)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from onnx_clp.analysis import Analysis, analyse
 from onnx_clp.errors import PayloadError, UsageError
 from onnx_clp.model.file import ModelFile, open_source
 from onnx_clp.model.patch import Plan, plan
+from onnx_clp.model.place import move_into_place
 from onnx_clp.model.save import (
     add_at_end,
     check_bytes,
@@ -20,7 +22,6 @@ from onnx_clp.model.save import (
     is_in_place,
     location_edits,
     metadata_entries,
-    move_into_place,
     rewritten,
 )
 from onnx_clp.model.source import ByteSource
@@ -33,11 +34,11 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
     destination = Path(dst)
     with open_source(source, options.allow_roots, options.limits) as file:
         try:
-            if is_in_place(file, destination):
+            in_place = is_in_place(file, destination)
+            if in_place:
                 destination = destination.resolve()  # the file itself, where the name is a link to it
-            names = data_names(file, destination)
             if not options.dry_run:
-                _check_destination(file, destination, names, force=options.force, in_place=options.in_place)
+                _check_destination(file, destination, force=options.force, in_place=options.in_place)
         except OSError as error:
             raise UsageError(f"cannot write {dst}: {error.strerror}") from error
         analysis = analyse(file, options.u, count_dead=options.count_dead, name=src)
@@ -49,6 +50,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             destination=dst,
             written=False,
             files=(),
+            replaced_data=(),
             input_sha256="",
             max_share=options.max_share,
             silenced=silenced,
@@ -60,7 +62,8 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
         )
         if options.dry_run:
             return report
-        edits = {location: [*group] for location, group in changes.edits.items()}
+        edits = {location: [*group] for location, group in changes.edits.items() if group}
+        names = data_names(file, destination, edits)
         edits.setdefault("", []).extend(location_edits(file, names))
         if options.metadata:
             edits[""] += forget_metadata(file)
@@ -75,16 +78,19 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
                 passed=True,
                 detail=f"{changed:,} bytes replaced; but for the note at the end, every other byte is the input's",
             )
-            move_into_place(written, destination)
-            files = tuple(path.name for _, _, path in written.files)
+            move_into_place(written, destination, force=options.force, in_place=in_place)
         return replace(
-            report, written=True, files=files, input_sha256=digest(), checks=(bytes_checked, *checks), after=after
+            report,
+            written=True,
+            files=(*(new for old, new in names.items() if not (in_place and new == old)), destination.name),
+            replaced_data=tuple(old for old, new in names.items() if in_place and new != old),
+            input_sha256=digest(),
+            checks=(bytes_checked, *checks),
+            after=after,
         )
 
 
-def _check_destination(
-    file: ModelFile, destination: Path, names: Mapping[str, str], *, force: bool, in_place: bool
-) -> None:
+def _check_destination(file: ModelFile, destination: Path, *, force: bool, in_place: bool) -> None:
     """Raise UsageError where ``destination`` cannot be written, or would overwrite what nobody asked to."""
     if destination.is_dir():
         raise UsageError(f"{destination} is a folder", "name the file to write")
@@ -93,15 +99,18 @@ def _check_destination(
     same = destination.exists() and destination.samefile(file.path)
     if same and not in_place:
         raise UsageError(f"{destination} is the input itself", "name another file, or say --in-place")
+    sources = (file.source, *map(file.data_file, file.locations()))
     if is_in_place(file, destination):
+        if file.locations() and file.path.parent.resolve() != destination.parent:
+            advice = "name another file, or the model itself and not the link"
+            raise UsageError(f"{file.path} is a link into another folder, but has its data beside the link", advice)
         return
-    targets = [destination, *(destination.parent / name for name in names.values())]
-    inputs = [file.path, *(file.data_file(location).path for location in names)]
-    for target in targets:
-        if target.exists() and any(target.samefile(given) for given in inputs):
-            raise UsageError(f"{target} belongs to the input", "write to another folder or under another name")
-        if (target.exists() or target.is_symlink()) and not force:
-            raise UsageError(f"{target} exists", "name another file, or say --force")
+    if any(source.is_at(destination) for source in sources):
+        raise UsageError(f"{destination} belongs to the input", "write to another folder or under another name")
+    if os.path.lexists(destination) and not force:
+        raise UsageError(f"{destination} exists", "name another file, or say --force")
+    if destination.exists() and not destination.is_file():
+        raise UsageError(f"{destination} is no regular file", "name another file")
 
 
 def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Left]]:

@@ -73,6 +73,8 @@ class SanitizeReport:
         destination: The output, as it was given.
         written: Whether it was written; False for a dry run.
         files: Names of the files written, the model last; empty for a dry run.
+        replaced_data: Names of data files that the model referred to before it was rewritten in place. They were left
+            as they are, since another model may use them.
         input_sha256: Of the input model, in hexadecimal; empty for a dry run.
         max_share: The share of a layer's channels that could be silenced at most.
         silenced: Per layer.
@@ -87,6 +89,7 @@ class SanitizeReport:
     destination: str
     written: bool
     files: tuple[str, ...]
+    replaced_data: tuple[str, ...]
     input_sha256: str
     max_share: float
     silenced: tuple[Silenced, ...]
@@ -140,22 +143,23 @@ def sanitize(  # each option is one of the command's
 
     Args:
         src: The ONNX file.
-        dst: The file to write. External data is written beside it, under names made to fit.
+        dst: The file to write. External data is written beside it, under names made to fit that are free.
         u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0.
         count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
         max_share: The share of a layer's channels that may be silenced, 0 to 1; a layer beyond it is left.
         metadata: Write the note: version, u, SHA-256 of the input, what was silenced.
-        force: Overwrite ``dst`` and its data files where they exist.
-        in_place: Allow ``dst`` to be ``src``.
+        force: Overwrite ``dst`` and its data files (those that bear its name) where they exist.
+        in_place: Allow ``dst`` to be ``src``. Data files that change are written under new names.
         dry_run: Write nothing, only say what would change.
         input_shapes: Shapes by input name for the run in onnxruntime, where the model leaves them open.
         allow_roots: Folders beside the model's own in which its external data may lie.
         limits: What scanning, writing and verifying may cost.
 
     Raises:
-        ModelFileError: ``src`` cannot be read, or is no ONNX model.
+        ModelFileError: ``src`` cannot be read, is no ONNX model, or was changed or replaced while it was scanned.
         UsageError: An argument cannot be; ``dst`` exists, or cannot be written.
-        VerificationError: The written file did not pass its verification; it was removed.
+        VerificationError: The written file did not pass its verification, or ``src`` was changed or replaced after it
+            was scanned; what was written was removed.
     """
     check_u(u)
     if not 0 <= max_share <= 1:

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model.fold",),
     ("model.constants",),
     ("model.patch", "model.save"),
+    ("model.place",),
     # the sites and their bounds
     ("operators",),
     ("shapes", "heads", "flow"),
@@ -62,7 +63,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report.evaluate_text", "report.csv", "report.plot", "report.sweep_json", "report.tac_json"),
     ("report.sweep_text", "report.tac_text", "report.demo_text"),
     ("",),  # onnx_clp itself: the names that users import
-    ("cli.exits", "cli.options"),
+    ("cli.exits", "cli.output"),
+    ("cli.options",),
     ("cli.scan", "cli.sanitize", "cli.evaluate", "cli.demo"),
     ("cli.command",),
     ("cli",),

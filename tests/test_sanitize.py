@@ -311,14 +311,16 @@ def test_data_files_of_one_name_in_two_folders_get_two_names(tmp_path: Path) -> 
     assert differences(source, target, report) == []
 
 
-def test_data_of_another_model_is_not_overwritten_without_force(tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_data_that_lies_where_the_new_data_would_is_never_overwritten(tmp_path: Path, *, force: bool) -> None:
     source = saved("external_one_file", tmp_path)
     (tmp_path / "new.onnx.data").write_bytes(b"somebody's")
+    (tmp_path / "new.onnx.data.2").symlink_to("nowhere")
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match=r"new\.onnx\.data exists"):
-        sanitize(source, tmp_path / "new.onnx")
-    assert contents(tmp_path) == before
-    report = sanitize(source, tmp_path / "new.onnx", force=True)
+    report = sanitize(source, tmp_path / "new.onnx", force=force)
+    assert report.files == ("new.onnx.data.3", "new.onnx")
+    assert {name: data for name, data in contents(tmp_path).items() if name in before} == before
+    assert (tmp_path / "new.onnx.data.2").is_symlink()
     assert differences(source, tmp_path / "new.onnx", report) == []
 
 
@@ -335,9 +337,10 @@ def test_force_does_not_overwrite_the_data_of_the_input(tmp_path: Path) -> None:
                 entry.value = f"weights/m.{Path(entry.value).name}"
     source.write_bytes(model.SerializeToString())
     before = contents(tmp_path)
-    with pytest.raises(UsageError):
-        sanitize(source, tmp_path / "weights" / "m.onnx", force=True)
-    assert contents(tmp_path) == before
+    report = sanitize(source, tmp_path / "weights" / "m.onnx", force=True)
+    assert {name: data for name, data in contents(tmp_path).items() if name in before} == before
+    assert all(name == "m.onnx" or name.endswith(".2") for name in report.files)
+    assert differences(source, tmp_path / "weights" / "m.onnx", report) == []
 
 
 def test_missing_external_data_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
@@ -459,18 +462,39 @@ def test_the_input_is_not_overwritten_without_in_place(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("case", ["folded", "external_one_file", "external_folder"])
-def test_in_place_keeps_every_name(case: str, tmp_path: Path) -> None:
-    source = saved(case, tmp_path)
-    twin = tmp_path / "twin"
+@pytest.mark.parametrize("case", ["folded", *EXTERNAL])
+def test_in_place_every_file_stays_but_the_model_and_data_that_changes_gets_a_new_name(
+    case: str, tmp_path: Path
+) -> None:
+    folder, twin = tmp_path / "folder", tmp_path / "twin"
+    folder.mkdir()
     twin.mkdir()
-    original = saved(case, twin)
-    names = sorted(name for name in contents(tmp_path) if not name.startswith("twin/"))
+    source, original = saved(case, folder), saved(case, twin)
+    before = contents(folder)
     report = sanitize(source, source, in_place=True)
-    assert sorted(name for name in contents(tmp_path) if not name.startswith("twin/")) == names
+    after = contents(folder)
+    assert {name: data for name, data in after.items() if name in before and name != "model.onnx"} == {
+        name: data for name, data in before.items() if name != "model.onnx"
+    }
     assert report.written
     assert report.input_sha256 == hashlib.sha256(original.read_bytes()).hexdigest()
     assert differences(original, source, report) == []
+    # New are a data file for each that holds a number of the silenced channel, and no other.
+    changed = {"bn.gamma", "bn.beta"} if case != "folded" else set()
+    where = {
+        entry.value
+        for proto in onnx.load(original, load_external_data=False).graph.initializer
+        for entry in proto.external_data
+        if entry.key == "location" and proto.name in changed
+    }
+    assert set(report.replaced_data) == where
+    assert after.keys() - before.keys() == {f"{name}.2" for name in where} == {*report.files} - {"model.onnx"}
+    assert bool(where) == (case != "folded")
+
+    again = sanitize(source, source, in_place=True)  # nothing stands out now: only the note is new
+    assert again.replaced_data == ()
+    assert again.files == ("model.onnx",)
+    assert contents(folder).keys() == after.keys()
 
 
 def test_in_place_with_two_spellings_of_one_data_file(tmp_path: Path) -> None:
@@ -493,7 +517,8 @@ def test_in_place_with_two_spellings_of_one_data_file(tmp_path: Path) -> None:
     original = stored(net, twin)
     report = sanitize(source, source, in_place=True)
     assert silenced(report) == {"conv_0": (5,), "conv_1": (9,)}
-    assert sorted(name for name in contents(tmp_path) if "/" not in name) == ["model.onnx", "w.bin"]
+    assert sorted(name for name in contents(tmp_path) if "/" not in name) == ["model.onnx", "w.bin", "w.bin.2"]
+    assert (tmp_path / "w.bin").read_bytes() == blob
     assert differences(original, source, report) == []
     assert [layer.dead for layer in scan(source).layers] == [(5,), (9,)]
 
@@ -517,8 +542,8 @@ def test_in_place_through_a_link_rewrites_what_it_leads_to(case: str, named: str
         assert contents(real) == before
     else:
         assert report.silenced_channels == 1
-        assert contents(real).keys() == before.keys()
-        assert contents(real) != before
+        assert {*contents(real)} - {"model.onnx.data.2"} == before.keys()
+        assert contents(real)["model.onnx"] != before["model.onnx"]
         assert [layer.dead for layer in scan(source).layers] == [(5,)]
     assert link.is_symlink()
     assert [path.name for path in links.iterdir()] == ["model.onnx"]
@@ -590,7 +615,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, check: str, change: Callable[[Path], 
 
     def spoiled(*arguments: object) -> object:
         (written,) = (argument for argument in arguments if isinstance(argument, Rewrite))
-        change(written.files[which][2])
+        change(written.files[which].path)
         result: object = original(*arguments)
         return result
 
@@ -656,6 +681,24 @@ def test_the_written_file_is_scanned_anew(
     spoil(monkeypatch, "verify", change, -1)
     with pytest.raises(VerificationError, match=message):
         sanitize(source, tmp_path / "out.onnx")
+    assert contents(tmp_path) == before
+
+
+def test_a_bound_may_only_change_where_something_was_silenced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer that was left has half the numbers it had: no bound grew, but it is not the model any more."""
+
+    def quieter(path: Path) -> None:
+        model = oracle.load(path)
+        first = next(node for node in model.graph.node if node.op_type == "Conv")
+        (weight,) = (t for t in model.graph.initializer if t.name == first.input[1])
+        halved = (numpy_helper.to_array(weight) / 2).tobytes()
+        path.write_bytes(path.read_bytes().replace(weight.raw_data, halved))
+
+    source = saved("conv_bn_chain", tmp_path)
+    before = contents(tmp_path)
+    spoil(monkeypatch, "verify", quieter, -1)
+    with pytest.raises(VerificationError, match="'bn_0' changed, and nothing was silenced there"):
+        sanitize(source, tmp_path / "out.onnx", max_share=0.05)  # which leaves bn_0
     assert contents(tmp_path) == before
 
 

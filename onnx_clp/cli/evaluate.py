@@ -13,6 +13,7 @@ import click
 
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.options import deliver, protect, share, terminal_style
+from onnx_clp.cli.output import write_whole
 from onnx_clp.defaults import DEFAULT_U
 from onnx_clp.errors import OnnxClpError, UsageError
 
@@ -339,7 +340,7 @@ def _inputs(models: Iterable[Path | None], attack: Path | None, trigger: Path | 
 
 def _save(path: Path, picture: bytes) -> None:
     try:
-        path.write_bytes(picture)
+        write_whole(path, picture)
     except OSError as error:
         raise UsageError(f"cannot write the picture to {path}: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from onnx_clp.cli.output import write_whole
 from onnx_clp.defaults import DEFAULT_U
 from onnx_clp.errors import OnnxClpError, UsageError
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
@@ -86,7 +87,7 @@ def deliver(report: str, output: Path | None, *, quiet: bool) -> None:
     """Put the report where it was asked for. Raises UsageError where it cannot be written."""
     try:
         if output is not None:
-            output.write_text(report, encoding="utf-8")
+            write_whole(output, report.encode("utf-8"))
         elif not quiet and sys.stdout is not None:
             # A terminal that cannot show a character of a name gets a question mark, not a traceback.
             encoding = sys.stdout.encoding or "utf-8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -85,7 +86,8 @@ def command(  # one parameter an option
         allow_roots=allow_roots,
         limits=limits,
     )
-    protect(output, (*report.before.data_files, *(Path(report.destination).parent / name for name in report.files)))
+    folder = Path(os.path.realpath(report.destination)).parent
+    protect(output, (*report.before.data_files, *(folder / name for name in report.files)))
     rendered = (
         json.render_sanitize(report)
         if form == "json"

@@ -169,10 +169,14 @@ class ModelFile:
     def _refusal(self, location: str, refusal: Refused) -> ModelFileError:
         return ModelFileError(f"{self.path}: external data file {quoted(location)} {refusal.why}", refusal.hint)
 
+    def sources(self) -> Iterator[ByteSource]:
+        """The model and every data file that was opened."""
+        yield self.source
+        yield from self._open.values()
+
     def close(self) -> None:
         """Close the file and its data files."""
-        self.source.close()
-        for source in self._open.values():
+        for source in self.sources():
             source.close()
 
     def __enter__(self) -> Self:

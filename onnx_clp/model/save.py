@@ -1,15 +1,15 @@
 """Edits → files: the patched copy, written beside its destination, ready to be verified and moved into place.
 
-The copy and its data files are made in a new folder next to the destination, under their final names, so that what is
-verified is what will be used; moving them is a rename on one filesystem each, the model last.
+The copy and its data files are made in a new folder next to the destination, the data under its final names, so that
+what is verified is what will be used.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -27,42 +27,87 @@ METADATA_PREFIX = "onnx_clp."
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A file that was written.
+
+    Attributes:
+        source: What it was copied from.
+        edits: In which bytes it differs from that.
+        path: Where it lies.
+        target: Where it is to lie; None where the source stays in use and the copy serves the verification only.
+    """
+
+    source: ByteSource
+    edits: tuple[Edit, ...]
+    path: Path
+    target: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class Rewrite:
     """A patched copy that is not in place yet.
 
     Attributes:
         folder: The temporary folder that holds it.
-        model: The copy of the model in it.
-        files: Every file in it, as (source it was copied from, edits, path); the model last.
+        files: Every file in it, the model last.
     """
 
     folder: Path
-    model: Path
-    files: tuple[tuple[ByteSource, tuple[Edit, ...], Path], ...]
+    files: tuple[Copy, ...]
+
+    @property
+    def model(self) -> Path:
+        """The copy of the model."""
+        return self.files[-1].path
 
 
 def is_in_place(file: ModelFile, destination: Path) -> bool:
-    """Whether ``destination`` is the very name of the model, whose data files then keep theirs."""
-    return destination.resolve() == file.path.resolve()
+    """Whether ``destination`` is the very name of the model."""
+    return os.path.realpath(destination) == os.path.realpath(file.path)
 
 
-def data_names(file: ModelFile, destination: Path) -> dict[str, str]:
-    """A new name for each external data file the model refers to, made to fit ``destination``.
+def data_names(file: ModelFile, destination: Path, edited: Collection[str]) -> dict[str, str]:
+    """A name for each external data file the model refers to, by the name it has: nothing that exists has the new one.
 
-    A name that begins like the model's own goes on as the new model's; any other is put behind it. In place, names
-    stay.
+    A name that begins like the model's own goes on as the new model's; any other is put behind it. In place, a file
+    keeps its name where it is not ``edited``; where it is, a number is put behind it.
     """
-    locations = file.locations()
-    if is_in_place(file, destination):
-        return {location: location for location in locations}
     names: dict[str, str] = {}
-    for location in locations:
-        fitted = _fitted(location.replace("\\", "/").rsplit("/", 1)[-1], file.path, destination)
-        unique, number = fitted, 2
-        while unique in names.values() or unique == destination.name:
-            unique, number = f"{fitted}.{number}", number + 1
-        names[location] = unique
+
+    def taken(name: str) -> bool:
+        return name == destination.name or name in names.values() or os.path.lexists(destination.parent / name)
+
+    for location in file.locations():
+        base = location.replace("\\", "/").rsplit("/", 1)[-1]
+        if not is_in_place(file, destination):
+            names[location] = _first_free(_fitted(base, file.path, destination), taken)
+        elif not _is_below(destination.parent, location):
+            names[location] = _first_free(base, taken)
+        elif location in edited or file.source.is_at(destination.parent / location):
+            names[location] = _first_free(location, taken)
+        else:
+            names[location] = location
     return names
+
+
+def _first_free(name: str, taken: Callable[[str], bool]) -> str:
+    """``name``, or the first of ``name.2``, ``name.3``, … that is not taken."""
+    free, number = name, 2
+    while taken(free):
+        free, number = f"{name}.{number}", number + 1
+    return free
+
+
+def _is_below(folder: Path, location: str) -> bool:
+    """Whether the file ``location`` lies in ``folder``, or below it and on no way through a link."""
+    inner = Path(os.path.realpath(folder), location).parent
+    return not Path(location).is_absolute() and os.path.realpath(inner) == os.fspath(inner)
+
+
+def bears_name(name: str, model: Path) -> bool:
+    """Whether the data file ``name`` is called after ``model``."""
+    rests = [name.removeprefix(own) for own in (model.name, model.stem)]
+    return any(rest != name and not rest[:1].isalnum() for rest in rests)
 
 
 def _fitted(name: str, source: Path, destination: Path) -> str:
@@ -116,15 +161,22 @@ def rewritten(
         destination: Where the model will be moved.
 
     Raises:
-        UsageError: The folder of ``destination`` does not exist or cannot be written to, or the disk is full.
+        UsageError: The folder of ``destination`` cannot be written to, or the disk is full; also while the copies are
+            verified.
     """
-    parent = destination.parent
+    # The name is chosen here and not by tempfile, so that there is no moment at which the folder exists and an
+    # interrupt would leave it; nobody can guess it.
+    folder = destination.parent / f".onnx-clp-{secrets.token_hex(8)}.tmp"
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name[:64]}.", suffix=".tmp", dir=parent))
-    except OSError as error:
-        raise UsageError(f"cannot write to {parent}: {error.strerror}") from error
-    try:
-        yield _copies(file, edits, names, folder, destination)
+        # Twice: the first may be interrupted.
+        try:
+            folder.mkdir(0o700)
+            yield _copies(file, edits, names, folder, destination)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"cannot write {destination}: {reason}", "nothing was left behind") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -132,25 +184,27 @@ def rewritten(
 def _copies(
     file: ModelFile, edits: Mapping[str, Sequence[Edit]], names: Mapping[str, str], folder: Path, destination: Path
 ) -> Rewrite:
-    files = [
-        (file.data_file(location), with_lengths(edits.get(location, ())), folder / name)
-        for location, name in names.items()
-    ]
-    files.append((file.source, with_lengths(edits.get("", ())), folder / destination.name))
-    try:
-        for source, changes, path in files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, pieces(source, changes))
-    except OSError as error:
-        raise UsageError(f"cannot write {destination}: {error.strerror or error}", "nothing was left behind") from error
-    return Rewrite(folder, folder / destination.name, tuple(files))
+    in_place = is_in_place(file, destination)
+    # Not called *.onnx, so that a scan of the folder does not meet what a killed run left.
+    part = _first_free("model.part", {name.split("/", 1)[0] for name in names.values()}.__contains__)
+    files = []
+    for location, name in names.items():
+        target = None if in_place and name == location else destination.parent / name
+        files.append(_copy(file.data_file(location), edits.get(location, ()), folder / name, target))
+    files.append(_copy(file.source, edits.get("", ()), folder / part, destination))
+    return Rewrite(folder, tuple(files))
 
 
-def _write(path: Path, content: Iterable[bytes]) -> None:
+def _copy(source: ByteSource, edits: Sequence[Edit], path: Path, target: Path | None) -> Copy:
+    copy = Copy(source, with_lengths(edits), path, target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # As cp does: who may not read the source may not read the copy, and the umask holds.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, source.mode & 0o666 | 0o600)
     # Not flushed to the disk, as cp does not: a killed process loses nothing, and a power cut is not in scope.
-    with path.open("xb", buffering=0) as out:
-        for piece in content:
+    with FileIO(descriptor, "wb") as out:
+        for piece in pieces(source, copy.edits):
             _write_all(out, piece)
+    return copy
 
 
 def _write_all(out: FileIO, content: bytes) -> None:
@@ -166,17 +220,22 @@ def check_bytes(rewrite: Rewrite) -> int:
     where a source was changed while it was copied.
     """
     changed = 0
-    for source, edits, path in rewrite.files:
-        if not source.unchanged():
-            raise VerificationError(f"{source.path} was changed by somebody else while it was copied", "run again")
-        with path.open("rb", buffering=0) as written:
-            for expected in pieces(source, edits):
+    for copy in rewrite.files:
+        check_unchanged(copy.source)
+        with copy.path.open("rb", buffering=0) as written:
+            for expected in pieces(copy.source, copy.edits):
                 if written.read(len(expected)) != expected:
-                    raise VerificationError(f"the copy differs from {source.path} where nothing was to change")
+                    raise VerificationError(f"the copy differs from {copy.source.path} where nothing was to change")
             if written.read(1):
-                raise VerificationError(f"the copy of {source.path} has more bytes than planned")
-        changed += sum(len(edit.span) for edit in edits)
+                raise VerificationError(f"the copy of {copy.source.path} has more bytes than planned")
+        changed += sum(len(edit.span) for edit in copy.edits)
     return changed
+
+
+def check_unchanged(source: ByteSource) -> None:
+    """Raise VerificationError where ``source`` is not what it was when it was opened."""
+    if not source.unchanged():
+        raise VerificationError(f"{source.path} was changed or replaced while it was copied", "run again")
 
 
 def add_at_end(rewrite: Rewrite, content: bytes) -> None:
@@ -187,14 +246,3 @@ def add_at_end(rewrite: Rewrite, content: bytes) -> None:
         file.seek(end)
         if file.read(len(content) + 1) != content:
             raise VerificationError("what was added to the copy is not what was to be added")
-
-
-def move_into_place(rewrite: Rewrite, destination: Path) -> None:
-    """Rename the files to their places, data files first. Raises UsageError where that fails."""
-    try:
-        for _, _, path in rewrite.files:
-            target = destination.parent / path.relative_to(rewrite.folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    except OSError as error:
-        raise UsageError(f"cannot move the result to {destination}: {error.strerror}") from error

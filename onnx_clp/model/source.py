@@ -41,7 +41,8 @@ class ByteSource:
         self.path = path
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino)
-        self._modified = status.st_mtime_ns
+        self.mode = stat.S_IMODE(status.st_mode)
+        self._state = _state(status)
 
     def read(self, start: int, length: int) -> bytes:
         """Exactly ``length`` bytes from ``start``; raises ModelFileError where the file is shorter."""
@@ -70,15 +71,31 @@ class ByteSource:
         return os.pread(self._descriptor, WINDOW, start)
 
     def unchanged(self) -> bool:
-        """Whether the open file has still the size and modification time it was opened with."""
-        status = os.fstat(self._descriptor)
-        return (status.st_size, status.st_mtime_ns) == (self.size, self._modified)
+        """Whether the open file has still the size and the times it was opened with.
+
+        A program can set the time of modification back, but not that of the last change (ctime). The latter moves too
+        where the file gets another name or other rights, or another file takes its place: that counts as changed, since
+        nobody can tell it from a change that is being hidden.
+        """
+        return _state(os.fstat(self._descriptor)) == self._state
+
+    def is_at(self, path: Path) -> bool:
+        """Whether ``path`` leads to the very file that is open."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), path.stat())
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    """What of a file's status moves when its content does."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _open(path: Path) -> int:

@@ -44,6 +44,7 @@ def render_sanitize(report: SanitizeReport) -> str:
             "destination": report.destination,
             "written": report.written,
             "files": list(report.files),
+            "replaced_data": list(report.replaced_data),
             "input_sha256": report.input_sha256,
             "max_share": report.max_share,
             "silenced": [{"layer": part.layer, "channels": list(part.channels)} for part in report.silenced],

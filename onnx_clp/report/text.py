@@ -170,6 +170,9 @@ def rewrite_lines(report: SanitizeReport, style: Style) -> Iterator[str]:
         yield f"  {mark}  {check.name}: {printable(check.detail, 300)}"
     if report.written:
         yield f"  written   {listed((printable(name) for name in report.files), NAMES_SHOWN)}"
+    if report.replaced_data:
+        names = listed((printable(name) for name in report.replaced_data), NAMES_SHOWN)
+        yield f"  kept      {names}: the data before; remove it if no other model uses it"
 
 
 def _silenced(report: SanitizeReport, style: Style) -> str:

@@ -578,7 +578,7 @@ NO_NUMBERS = (
 @pytest.mark.parametrize("key", ["offset", "length"])
 def test_numbers_that_are_none(number: str, key: str, folder: Path) -> None:
     numbers = {"offset": "64", "length": str(LENGTH)} | {key: number}
-    assert_refused(with_numbers(folder, **numbers), f"external data {key} that is no number")
+    assert_unreadable(with_numbers(folder, **numbers), f"external data {key} that is no number")
 
 
 @pytest.mark.parametrize("again", [("location", "w.bin"), ("location", "v.bin"), ("offset", "0"), ("length", "0")])
@@ -589,13 +589,13 @@ def test_an_entry_that_is_given_twice(again: tuple[str, str], folder: Path, *, f
     (folder / "v.bin").write_bytes(OTHER.tobytes())
     with_numbers(folder, "64", str(LENGTH))
     model = write_model(folder / "model.onnx", [again, *entries] if first else [*entries, again])
-    assert_refused(model, "twice")
+    assert_unreadable(model, "twice")
 
 
 @pytest.mark.parametrize("entries", [[], [("offset", "0")], [("location", "")]])
 def test_data_without_a_location(entries: Entries, folder: Path) -> None:
     beside(folder)
-    assert_refused(write_model(folder / "model.onnx", entries), "without a location")
+    assert_unreadable(write_model(folder / "model.onnx", entries), "without a location")
 
 
 # ---- names

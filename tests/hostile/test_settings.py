@@ -206,7 +206,7 @@ def of_a_scan(name: str) -> bool:
 def of_a_rewrite(name: str) -> bool:
     """What writing out.onnx may open besides: the folder that it is made in, and what was made."""
     head = name.split("/", maxsplit=1)[0]
-    return of_a_scan(name) or name in {"out.onnx", "out.w.bin"} or head.startswith(".out.onnx.")
+    return of_a_scan(name) or name in {"out.onnx", "out.w.bin"} or head.startswith(".onnx-clp-")
 
 
 def as_module() -> list[str]:
