@@ -59,9 +59,8 @@ class Calls:
             return
         meant, run = own.get(domain, 0), self.opset(domain)
         if any(min(meant, run) < since <= max(meant, run) for since in _NORMALISATION_VERSIONS):
-            detail = (
-                f"it is meant for version {meant or 'none'} of its operators; {run} was judged, as onnxruntime runs it"
-            )
+            version = f"version {meant}" if meant else "no version"
+            detail = f"its graph imports {version} of its operators; {run} was judged, as onnxruntime runs it"
             self.ambiguities.add("opset", path, name, detail)
 
     def called(
