@@ -68,7 +68,7 @@ class Calls:
     ) -> tuple[str, onnx.FunctionProto | None]:
         """The identifier of what a node calls, and the function; None where it is an operator."""
         key = _identifier(domain, op_type, overload)
-        if key not in self.functions or op_type == "Constant":  # a Constant of any domain is a constant
+        if key not in self.functions:
             return key, None
         named, name, function = self.functions[key]
         if (named, name) != (domain, op_type):

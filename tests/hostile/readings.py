@@ -407,6 +407,7 @@ case("epsilon_of_the_type_of_integers", lambda: epsilon(Attribute(name="epsilon"
      "attribute")  # fmt: skip
 case("epsilon_in_two_fields", lambda: epsilon(Attribute(name="epsilon", type=Attribute.FLOAT, f=3.0, i=1)), "A",
      "attribute")  # fmt: skip
+case("epsilon_in_two_fields_without_type", lambda: epsilon(Attribute(name="epsilon", f=3.0, i=1)), "A", "attribute")
 case("epsilon_without_type", lambda: epsilon(Attribute(name="epsilon", f=3.0)), "A")
 case("epsilon_without_value", lambda: epsilon(Attribute(name="epsilon", type=Attribute.FLOAT)), "?")
 case("epsilon_refers_to_nothing", lambda: epsilon(Attribute(name="epsilon", type=Attribute.FLOAT, f=3.0,
@@ -517,6 +518,22 @@ def overridden_relu() -> ModelProto:
     return model(graph([conv()], [weight(A)]), [made])
 
 
+def overridden_shrink(own: int | None = None) -> ModelProto:
+    """Shrink, of version 9, keeps what is above ½; the function gives B. ``own``: what its caller imports."""
+    ones = node("Constant", [], "k", value=tensor(np.ones(X_SHAPE, np.float32), ""))
+    body = [constant(B, "w"), ones, conv("w", x="k", y="fy")]
+    shrink = function("Shrink", body, ["fx"], ["fy"], domain="", opsets=[("", 17)])
+    if own is None:
+        return model(graph([conv(y="c"), node("Shrink", ["c"], "y")], [weight(A)]), [shrink])
+    outer = function("Block", [node("Shrink", ["fx"], "fy", "inner")], ["fx"], ["fy"], opsets=[("", own)])
+    return model(graph([conv(y="c"), call(inputs=["c"])], [weight(A)]), [outer, shrink], domain=LOCAL)
+
+
+def overridden_constant() -> ModelProto:
+    made = function("Constant", [node("ConstantOfShape", ["s"], "fw")], [], ["fw"], domain="", opsets=[("", 17)])
+    return model(graph([constant(A), conv()]), [made])
+
+
 def overridden_within() -> ModelProto:
     """The operator is overridden where a function calls it."""
     outer = function("Block", [node("Conv", ["fx", "fw"], "fy", "inner")], ["fx", "fw"], ["fy"])
@@ -535,6 +552,9 @@ case("function_overrides_conv_called_by_its_long_domain", lambda: overriding("",
 case("function_overrides_fusedconv", lambda: overriding("com.microsoft", "FusedConv", "com.microsoft"), "B",
      "overridden-operator")  # fmt: skip
 case("function_overrides_relu", overridden_relu, "A", "overridden-operator")
+case("function_overrides_shrink", overridden_shrink, "A", "overridden-operator")
+case("function_overrides_shrink_within_an_early_function", lambda: overridden_shrink(8), "A", "overridden-operator")
+case("function_overrides_constant", overridden_constant, "A", "overridden-operator")
 case("function_overrides_conv_within_a_function", overridden_within, "B", "overridden-operator")
 case("function_in_a_domain_of_the_runtime", lambda: calling(call(domain="com.microsoft"), block(A,
      domain="com.microsoft"), domain="com.microsoft"), "A", "overridden-operator")  # fmt: skip

@@ -123,6 +123,19 @@ def test_onnxruntime_runs_most_of_the_cases(tmp_path: Path) -> None:
     assert count > len(CASES) / 2
 
 
+@pytest.mark.parametrize("name", ["input_with_default", "input_with_sparse_default", "input_with_constant"])
+def test_a_weight_that_a_caller_can_override_is_named(name: str, tmp_path: Path) -> None:
+    """Initializers and Constant nodes are defaults alike."""
+    import onnxruntime
+
+    path = write(CASES[name], tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (layer,) = onnx_clp.scan(path).layers
+    assert [entry.name for entry in session.get_overridable_initializers()] == list(layer.overridable) == ["W"]
+
+
 def test_each_kind_of_ambiguity_has_a_case_and_a_name_in_the_schema() -> None:
     kinds = {kind for reading in CASES.values() for kind in reading.kinds}
     found = validator("scan").schema["$defs"]["ambiguity"]["properties"]["kind"]["enum"]  # type: ignore[index]
