@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from onnx_clp.evaluation.sweep import SweepReport, SweepRow, sweep
     from onnx_clp.evaluation.tac import NotMeasured, TacLayer, TacReport, tac
     from onnx_clp.limits import Limits
+    from onnx_clp.model.ambiguity import Ambiguity
     from onnx_clp.sanitizer import Check, Left, SanitizeReport, Silenced, sanitize
 
 __all__ = [
+    "Ambiguity",
     "Channel",
     "Check",
     "Correlation",
@@ -59,6 +61,7 @@ _MODULES = {
     **dict.fromkeys(("EvaluationReport", "Figures", "ModelFigures", "Share"), "onnx_clp.evaluation.figures"),
     **dict.fromkeys(("SweepReport", "SweepRow", "sweep"), "onnx_clp.evaluation.sweep"),
     **dict.fromkeys(("NotMeasured", "TacLayer", "TacReport", "tac"), "onnx_clp.evaluation.tac"),
+    "Ambiguity": "onnx_clp.model.ambiguity",
     "Limits": "onnx_clp.limits",
     "Correlation": "onnx_clp.evaluation.correlation",
     "evaluate": "onnx_clp.evaluation.evaluator",

@@ -16,6 +16,7 @@ from onnx_clp.errors import ModelFileError, OnnxClpError
 from onnx_clp.judge import Judgement, Status, judge
 from onnx_clp.kernels import Measured, measure
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
+from onnx_clp.model.ambiguity import Ambiguity
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.expand import build_graph
 from onnx_clp.model.file import ModelFile, open_model
@@ -113,6 +114,8 @@ class ScanReport:
         skipped: Every convolution and BatchNormalization that is no site.
         version: Version of onnx-clp.
         data_files: Real paths of the external data files that the model refers to, as far as they may be read.
+        ambiguous: What two runtimes may read differently, with what was judged (at most 100 are named).
+        ambiguities: How much there is of it.
     """
 
     path: str
@@ -122,6 +125,8 @@ class ScanReport:
     skipped: tuple[SkippedPart, ...]
     version: str = __version__
     data_files: tuple[str, ...] = ()
+    ambiguous: tuple[Ambiguity, ...] = ()
+    ambiguities: int = 0
 
     @property
     def channels(self) -> int:
@@ -150,8 +155,8 @@ class ScanReport:
 
     @property
     def findings(self) -> int:
-        """Channels that are flagged or not finite."""
-        return self.flagged_channels + self.non_finite_channels
+        """Channels that are flagged or not finite, and what two runtimes may read differently."""
+        return self.flagged_channels + self.non_finite_channels + self.ambiguities
 
     @property
     def analysed(self) -> bool:
@@ -160,8 +165,10 @@ class ScanReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every convolution and BatchNormalization was judged."""
-        return self.analysed and not self.skipped and all(layer.judged for layer in self.layers)
+        """Whether every convolution and BatchNormalization was judged, by numbers that every runtime reads."""
+        return (
+            self.analysed and not self.skipped and not self.ambiguities and all(layer.judged for layer in self.layers)
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,9 +198,17 @@ def analyse(file: ModelFile, u: float, *, count_dead: bool, name: str) -> Analys
     for source in file.sources():
         if not source.unchanged():
             raise ModelFileError(f"{source.path} was changed or replaced while it was scanned", "scan it again")
-    return Analysis(
-        file, graph, constants, measured, ScanReport(name, u, count_dead, layers, skipped, data_files=_data_files(file))
+    report = ScanReport(
+        name,
+        u,
+        count_dead,
+        layers,
+        skipped,
+        data_files=_data_files(file),
+        ambiguous=graph.ambiguous,
+        ambiguities=graph.ambiguities,
     )
+    return Analysis(file, graph, constants, measured, report)
 
 
 def scan(

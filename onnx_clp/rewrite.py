@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from onnx_clp._version import __version__
 from onnx_clp.analysis import Analysis, analyse
 from onnx_clp.errors import PayloadError, UsageError
 from onnx_clp.model.file import ModelFile, open_source
-from onnx_clp.model.patch import Plan, plan
+from onnx_clp.model.graph import Graph
+from onnx_clp.model.patch import Knob, Plan, plan
 from onnx_clp.model.place import move_into_place
 from onnx_clp.model.save import (
     add_at_end,
@@ -123,6 +124,13 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Le
         channels = tuple(sorted(channel.index for channel in layer.flagged))
         if not channels:
             continue
+        doubtful = _doubtful(analysis.graph, part.site.knobs)
+        if doubtful is not None:
+            reason = (
+                f"its constant {doubtful!r} is ambiguous: a runtime that reads it otherwise would keep the channels"
+            )
+            left.append(Left(layer.name, channels, reason))
+            continue
         share = len(channels) / layer.channels
         if share > max_share:
             reason = f"{share:.1%} of its channels are flagged, more than the {max_share:.1%} that may be silenced"
@@ -130,6 +138,21 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Le
         else:
             chosen.append(Choice(part, channels))
     return chosen, left
+
+
+def _doubtful(graph: Graph, knobs: Sequence[Knob]) -> str | None:
+    """The name of a value that two runtimes may read differently among what ``knobs`` are made of; None without one."""
+    pending = [knob.node.input(knob.position) for knob in knobs]
+    seen: set[int] = set()
+    while pending and graph.doubtful:
+        value = pending.pop()
+        if value in graph.doubtful:
+            return graph.name_of(value)
+        if value not in seen:
+            seen.add(value)
+            maker = graph.producers.get(value)
+            pending += () if maker is None else maker.inputs
+    return None
 
 
 def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice, ...], tuple[Left, ...]]:

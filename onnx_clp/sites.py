@@ -429,7 +429,8 @@ def _defaults(graph: Graph, constants: Constants) -> dict[int, tuple[int, ...]]:
         made = [value for value in node.outputs if value != MISSING and constants.get(value) is not None]
         if made:
             given = dict.fromkeys(default for value in node.inputs for default in found.get(value, ()))
-            found |= dict.fromkeys(made, tuple(given)[:NAMED_OPERATORS])
+            for value in made:
+                found[value] = (*found.get(value, ()), *given)[:NAMED_OPERATORS]
     return found
 
 

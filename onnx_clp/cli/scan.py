@@ -39,9 +39,12 @@ def gate(context: click.Context, parameter: click.Parameter, value: str) -> floa
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path))
 @common
 @click.option("--fail-on", "limit", callback=gate, default="never", show_default=True, metavar="GATE",
-              help="Exit with 1 where a file has this many findings (flagged, NaN or Inf channels): a number, or a "
-              "share of its judged channels such as 0.5%. An outlier is evidence and not a verdict.")  # fmt: skip
-@click.option("--strict", is_flag=True, help="Exit with 3 where anything was skipped or could not be judged.")
+              help="Exit with 1 where a file has this many findings (flagged, NaN or Inf channels, and what is "
+              "ambiguous): a number, or a share of its judged channels such as 0.5%. An outlier is evidence and not a "
+              "verdict.")  # fmt: skip
+@click.option(
+    "--strict", is_flag=True, help="Exit with 3 where anything was skipped, could not be judged, or is ambiguous."
+)
 def command(  # one parameter an option
     paths: tuple[Path, ...],
     u: float,

@@ -4,6 +4,10 @@ Names are resolved to numbered values by the scoping rules of the ONNX IR specif
 (https://onnx.ai/onnx/repo-docs/IR.html): a subgraph sees the names of the graphs around it, a function body sees only
 its own. A model-local function is expanded at every call, so each call has nodes of its own. What enters and leaves a
 subgraph becomes a *link*, a node without a prototype whose ``op_type`` is that of the control-flow operator.
+
+Where a file breaks those rules, names are resolved as onnxruntime does, and the ambiguity is noted: of several
+definitions of one name in one graph the last counts, where dense initializers come first, then Constant nodes, then
+sparse initializers.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from typing import Final
 import onnx
 
 from onnx_clp.errors import ModelFileError
+from onnx_clp.model.ambiguity import Ambiguities, doubled_payload
+from onnx_clp.model.attributes import doubt, of_constant, resolved
+from onnx_clp.model.calls import Calls
 from onnx_clp.model.file import ModelFile
 from onnx_clp.model.graph import MISSING, Attributes, Graph, Node, Shape
 
@@ -32,14 +39,18 @@ CALL_DEPTH_LIMIT: Final = 64
 
 @dataclass(slots=True)
 class _Scope:
-    """Names visible at one place: those of a graph or function body, then those around it."""
+    """Names visible at one place: those of a graph or function body, then those around it.
+
+    ``opsets`` are the imports of the model or function; ``values`` those of ``formals`` belong to the caller.
+    """
 
     path: str
     opsets: Mapping[str, int]
     parent: _Scope | None = None
     values: dict[str, int] = field(default_factory=dict)
     call: Attributes | None = None
-    chain: tuple[tuple[str, str, str], ...] = ()
+    chain: tuple[str, ...] = ()
+    formals: frozenset[str] = frozenset()
 
     def find(self, name: str) -> int | None:
         scope: _Scope | None = self
@@ -62,11 +73,17 @@ class _Builder:
         """Nodes whose place in the order is not known yet: their index is MISSING."""
         self.initializers: dict[int, onnx.TensorProto | onnx.SparseTensorProto] = {}
         self.shapes: dict[int, Shape] = {}
-        self.functions = {
-            (_domain(function.domain), _text(function.name), function.overload): function
-            for function in file.proto.functions
-        }
-        self.sizes = {key: function.ByteSize() for key, function in self.functions.items()}
+        self.sizes: dict[str, int] = {}
+        """Bytes of the functions that are called."""
+        self.ambiguities = Ambiguities()
+        self.doubtful: set[int] = set()
+        """Values with more than one definition or payload."""
+        self.defined: set[int] = set()
+        self.calls = Calls(self.ambiguities)
+        for entry in file.proto.opset_import:
+            self.calls.add_import(_domain(entry.domain), entry.version)
+        for function in file.proto.functions:
+            self.calls.add_function(_domain(function.domain), _text(function.name), _text(function.overload), function)
 
     def value(self, name: str) -> int:
         self.names.append(name)
@@ -76,11 +93,16 @@ class _Builder:
         """Add the nodes and initializers of ``proto``, whose inputs ``scope`` may already know."""
         self.spend(len(proto.initializer) + len(proto.sparse_initializer))
         for tensor in proto.initializer:
-            self.initializers[self.declare(tensor.name, scope)] = tensor
+            self.initializer(tensor, (tensor,), scope)
         for sparse in proto.sparse_initializer:
-            self.initializers[self.declare(sparse.values.name, scope)] = sparse
-        for info in proto.input:
-            self.declare(info.name, scope)
+            self.initializer(sparse, (sparse.values, sparse.indices), scope)
+        given: set[int] = set()
+        for info in proto.input:  # an initializer of the same name is its default
+            value = self.declare(info.name, scope)
+            if value in given:
+                self.note_twice(info.name, scope)
+            given.add(value)
+        self.defined |= given
         self.body(proto.node, scope)
         for info in (*proto.value_info, *proto.input, *proto.output):
             shape = _shape(info)
@@ -93,13 +115,51 @@ class _Builder:
             scope.values[name] = self.value(_text(name))
         return scope.values[name]
 
+    def define(self, name: str, scope: _Scope) -> int:
+        """The value ``name`` of this very scope where something gives it a value; a second definition is noted."""
+        again = name in scope.formals or scope.values.get(name) in self.defined
+        if name in scope.formals:
+            scope.values[name] = self.value(_text(name))  # the caller's value stays as it is
+        value = self.declare(name, scope)
+        if again:
+            self.note_twice(name, scope)
+        elif scope.parent is not None and scope.parent.find(name) is not None:
+            detail = "it hides a value of the same name in a graph around it; the inner one was judged"
+            self.ambiguities.add("shadowed", scope.path, name, detail)
+        self.defined.add(value)
+        return value
+
+    def note_twice(self, name: str, scope: _Scope) -> None:
+        """Note a second definition of ``name``."""
+        self.doubtful.add(scope.values[name])
+        detail = "it is defined more than once; the last was judged, as onnxruntime takes constants"
+        self.ambiguities.add("duplicate-name", scope.path, name, detail)
+
+    def initializer(
+        self,
+        proto: onnx.TensorProto | onnx.SparseTensorProto,
+        tensors: tuple[onnx.TensorProto, ...],
+        scope: _Scope,
+    ) -> None:
+        """Add an initializer, which is stored in ``tensors`` and has the name of the first."""
+        value = self.define(tensors[0].name, scope)
+        self.initializers[value] = proto
+        self.payloads(tensors, scope.path, tensors[0].name, (value,))
+
+    def payloads(self, tensors: Iterable[onnx.TensorProto], path: str, name: str, values: Iterable[int]) -> None:
+        """Note ``tensors`` that hold their numbers twice; ``values`` are made of them."""
+        detail = doubled_payload(self.file, tensors)
+        if detail:
+            self.ambiguities.add("payload", path, name, detail)
+            self.doubtful.update(values)
+
     def body(self, nodes: Iterable[onnx.NodeProto], scope: _Scope) -> None:
         """Add ``nodes``. Outputs are declared first, since the order of the nodes is not trusted."""
         nodes = tuple(nodes)
         for node in nodes:
             for name in node.output:
                 if name:
-                    self.declare(name, scope)
+                    self.define(name, scope)
         for node in nodes:
             self.node(node, scope)
 
@@ -122,21 +182,24 @@ class _Builder:
 
     def node(self, proto: onnx.NodeProto, scope: _Scope) -> None:
         """Add one node; a call of a model-local function adds the nodes of its body."""
-        name = _text(proto.name) or next(iter(proto.output), "") or _text(proto.op_type)
         self.spend(1)
-        if scope.path:
-            name = (scope.path + name)[:NAME_LIMIT]
+        own_name = _text(proto.name) or next(iter(proto.output), "") or _text(proto.op_type)
+        name = (scope.path + own_name)[:NAME_LIMIT] if scope.path else own_name
         op_type, domain = _text(proto.op_type), _domain(proto.domain)
         inputs = tuple(self.resolve(given, scope) for given in proto.input)
         outputs = tuple(scope.values[made] if made else MISSING for made in proto.output)
-        attributes = _attributes(proto, scope.call)
-        key = (domain, op_type, proto.overload)
-        function = self.functions.get(key)
+        attributes = self.attributes(proto, scope, outputs)
+        if op_type == "Constant":
+            domain, outputs = "", tuple(map(self.behind_sparse, outputs))
+        self.calls.note_version(op_type, domain, scope.opsets, scope.path, own_name)
+        key, function = self.calls.called(domain, op_type, _text(proto.overload), scope.opsets)
         if function is not None:
             if key in scope.chain:
                 raise ModelFileError(f"{self.file.path} has a function that calls itself ({op_type[:80]!r})")
             if len(scope.chain) >= CALL_DEPTH_LIMIT:
                 raise ModelFileError(f"{self.file.path} has functions that call each other {CALL_DEPTH_LIMIT} deep")
+            if key not in self.sizes:
+                self.sizes[key] = function.ByteSize()
             self.spend(self.sizes[key] // BYTES_PER_NODE)
             self.function(function, name, inputs, outputs, attributes, (*scope.chain, key))
             return
@@ -153,7 +216,7 @@ class _Builder:
                 MISSING,
                 proto.op_type,
                 domain,
-                scope.opsets.get(domain, 0),
+                self.calls.opset(domain),
                 name,
                 inputs,
                 outputs,
@@ -161,6 +224,30 @@ class _Builder:
                 self.file.layout.nodes[int(proto.doc_string)],
             )
         )
+
+    def attributes(self, proto: onnx.NodeProto, scope: _Scope, outputs: tuple[int, ...]) -> Attributes:
+        """The attributes of ``proto`` by name; what is ambiguous about them is noted."""
+        if not proto.attribute:
+            return {}
+        found = resolved(proto, scope.call)
+        for name, attribute in found:
+            _text(name)
+            name = next(iter(proto.output), "")  # noqa: PLW2901  # tensors of attributes have no names of their own
+            if attribute.HasField("t"):
+                self.payloads((attribute.t,), scope.path, name, outputs)
+            if attribute.HasField("sparse_tensor"):
+                stored = attribute.sparse_tensor
+                self.payloads((stored.values, stored.indices), scope.path, name, outputs)
+        detail = doubt(proto, found, scope.call)
+        if detail:
+            self.ambiguities.add("attribute", scope.path, proto.name or next(iter(proto.output), ""), detail)
+            self.doubtful.update(outputs)
+        return of_constant(found) if proto.op_type == "Constant" else dict(found)
+
+    def behind_sparse(self, output: int) -> int:
+        """An output of a Constant: a value that nothing reads where a sparse initializer has its name."""
+        hidden = isinstance(self.initializers.get(output), onnx.SparseTensorProto)
+        return self.value(self.names[output]) if hidden else output
 
     def link(self, op_type: str, name: str, source: Iterable[int], target: int, carried: tuple[int, ...] = ()) -> None:
         self.spend(1)
@@ -174,15 +261,25 @@ class _Builder:
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
         attributes: Attributes,
-        chain: tuple[tuple[str, str, str], ...],
+        chain: tuple[str, ...],
     ) -> None:
         """Add the body of ``function`` for one call."""
-        defaults = {attribute.name: attribute for attribute in function.attribute_proto}
+        defaults: dict[str, onnx.AttributeProto] = {}
+        for attribute in function.attribute_proto:
+            if attribute.name in defaults:
+                detail = "it has two defaults for an attribute; the first was judged, as onnxruntime takes it"
+                self.ambiguities.add("attribute", "", chain[-1], detail)
+            defaults.setdefault(attribute.name, attribute)
         opsets = {_domain(entry.domain): entry.version for entry in function.opset_import}
-        scope = _Scope(f"{name}/"[:NAME_LIMIT], opsets, call={**defaults, **attributes}, chain=chain)
+        formals = frozenset(function.input)
+        path = f"{name}/"[:NAME_LIMIT]
+        scope = _Scope(path, opsets, call={**defaults, **attributes}, chain=chain, formals=formals)
         for position, formal in enumerate(function.input):
             given = inputs[position] if position < len(inputs) else MISSING
+            twice = formal in scope.values
             scope.values[formal] = given if given != MISSING else self.value(formal)
+            if twice:
+                self.note_twice(formal, scope)
         self.body(function.node, scope)
         for formal, target in zip(function.output, outputs, strict=False):
             if target != MISSING:
@@ -269,18 +366,6 @@ def _shape(info: onnx.ValueInfoProto) -> Shape | None:
     )
 
 
-def _attributes(proto: onnx.NodeProto, call: Attributes | None) -> Attributes:
-    """The attributes of ``proto`` by name; one that refers to an attribute of the function is the call's."""
-    attributes = {}
-    for attribute in proto.attribute:
-        _text(attribute.name)
-        if not attribute.ref_attr_name:
-            attributes[attribute.name] = attribute
-        elif call is not None and attribute.ref_attr_name in call:
-            attributes[attribute.name] = call[attribute.ref_attr_name]
-    return attributes
-
-
 def build_graph(file: ModelFile) -> Graph:
     """The flat graph of ``file``.
 
@@ -295,9 +380,11 @@ def build_graph(file: ModelFile) -> Graph:
 def _build(file: ModelFile) -> Graph:
     builder = _Builder(file)
     proto = file.proto.graph
-    scope = _Scope("", {_domain(entry.domain): entry.version for entry in file.proto.opset_import})
+    scope = _Scope("", builder.calls.opsets)
     builder.graph(proto, scope)
     given = {scope.values[info.name] for info in proto.input}
+    constants = {value for draft in builder.drafts if draft.op_type == "Constant" for value in draft.outputs}
+    defaults = builder.initializers.keys() | constants
     nodes, cyclic = _ordered(builder.drafts)
     producers = {value: node for node in nodes for value in node.outputs if value != MISSING}
     consumers: dict[int, list[Node]] = {}
@@ -311,12 +398,15 @@ def _build(file: ModelFile) -> Graph:
         producers=producers,
         consumers={value: tuple(readers) for value, readers in consumers.items()},
         initializers=builder.initializers,
-        overridable=frozenset(given & builder.initializers.keys()),
-        inputs=frozenset(given - builder.initializers.keys()),
+        overridable=frozenset(given & defaults),
+        inputs=frozenset(given - defaults),
         outputs=outputs,
         shapes=builder.shapes,
         live=_live(outputs, producers),
         cyclic=cyclic,
+        ambiguous=builder.ambiguities.named,
+        ambiguities=builder.ambiguities.count,
+        doubtful=frozenset(builder.doubtful),
     )
 
 

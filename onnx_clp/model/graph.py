@@ -8,6 +8,7 @@ from typing import Final
 
 import onnx
 
+from onnx_clp.model.ambiguity import Ambiguity
 from onnx_clp.model.wire import NodeLayout
 
 MISSING: Final = -1
@@ -25,7 +26,7 @@ class Node:
         index: Position in ``Graph.nodes``.
         op_type: The operator, e.g. ``Conv``.
         domain: Its domain; the default domain is the empty string.
-        opset: Version of the domain's operator set that the graph or function around it imports; 0 if it imports none.
+        opset: Version of the domain's operator set in which it runs: the one that the model imports, in functions too.
         name: The node's name (its first output's where it has none), after the names of the calls and graphs around it.
         inputs: Values, MISSING where left out.
         outputs: Values, MISSING where left out.
@@ -96,6 +97,9 @@ class Graph:
         shapes: Declared shapes (value_info, inputs, outputs).
         live: Indexes of the nodes that some graph output depends on.
         cyclic: Names of nodes that depend on their own output; they are not in ``nodes``.
+        ambiguous: What two runtimes may read differently; some of it where it is much.
+        ambiguities: How much there is of it.
+        doubtful: Values of which two runtimes may take different numbers.
     """
 
     nodes: tuple[Node, ...]
@@ -109,6 +113,9 @@ class Graph:
     shapes: Mapping[int, Shape]
     live: frozenset[int]
     cyclic: tuple[str, ...]
+    ambiguous: tuple[Ambiguity, ...]
+    ambiguities: int
+    doubtful: frozenset[int]
 
     def name_of(self, value: int) -> str:
         """The name of ``value`` in its own scope; empty where it is MISSING."""

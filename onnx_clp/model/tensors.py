@@ -199,11 +199,16 @@ def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Arr
 def _read_sparse(file: ModelFile, tensor: Stored, proto: onnx.SparseTensorProto) -> Array:
     values = read(file, stored(proto.values))
     indices = read(file, stored(proto.indices)).astype(np.int64)
+    if indices.size and (indices.min() < 0 or len(values) != len(indices)):
+        raise PayloadError(f"sparse tensor {tensor.name!r} has indices that are negative or more than its values")
     file.meter.fits(values.dtype.itemsize * tensor.size)
     file.meter.touch(tensor.size)
     dense = np.zeros(tensor.size, values.dtype)
     try:
         flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), tensor.shape)
+        if len(np.unique(flat)) < len(flat):
+            # onnxruntime takes the last of two values for one element; others may add them, or take the first.
+            raise PayloadError(f"sparse tensor {tensor.name!r} has two values for one element")
         dense[flat] = values
     except (ValueError, IndexError) as error:
         raise PayloadError(f"sparse tensor {tensor.name!r} has indices that do not fit its shape") from error

@@ -26,6 +26,9 @@ from onnx_clp.model.source import ByteSource
 DEPTH_LIMIT: Final = 100
 """Protobuf's own limit on nested messages; onnx and onnxruntime refuse what lies deeper."""
 
+TAG_LENGTH: Final = 5
+"""Bytes of a tag, which has 32 bits; readers do different things with longer ones."""
+
 VARINT, FIXED64, START_GROUP, END_GROUP, FIXED32 = 0, 1, 3, 4, 5
 
 # onnx.proto's field numbers, as far as the walk has to know them.
@@ -174,7 +177,7 @@ class _Walk:
             tag_start = position
             tag, position = self.varint(position, end)
             number, wire = tag >> 3, tag & 7
-            if not 0 < number < 1 << 29:
+            if not 0 < number < 1 << 29 or position - tag_start > TAG_LENGTH:
                 raise self.corrupt(tag_start, f"a field number of {number}")
             value = position
             if wire == LENGTH:

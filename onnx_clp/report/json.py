@@ -160,6 +160,8 @@ def scan_object(report: ScanReport) -> dict[str, Any]:
         "flagged_channels": report.flagged_channels,
         "non_finite_channels": report.non_finite_channels,
         "dead_channels": report.dead_channels,
+        "ambiguities": report.ambiguities,
+        "ambiguous": [{"kind": part.kind, "name": part.name, "detail": part.detail} for part in report.ambiguous],
         "layers": [_layer(layer) for layer in report.layers],
         "skipped": [
             {"name": part.name, "operator": part.operator, "reason": part.reason, "detail": part.detail}

@@ -59,6 +59,7 @@ def scan_lines(report: ScanReport, style: Style, *, verbose: bool) -> Iterator[s
         text = f"{count(report.non_finite_channels, 'channel')} in {count(len(hit), 'layer')}"
         names = listed((printable(layer.name, 40) for layer in hit), NAMES_SHOWN)
         yield f"  {style('NaN, Inf', 'bad')}  {text}: {names}"
+    yield from _ambiguous(report, style, verbose=verbose)
     if report.dead_channels:
         where = count(sum(bool(layer.dead) for layer in report.layers), "layer")
         kept = "counted in" if report.count_dead else "left out of"
@@ -86,6 +87,21 @@ def _skipped(report: ScanReport, style: Style, *, verbose: bool) -> Iterator[str
             yield f"            {style(f'skipped {len(skipped)}', 'warn')} as {reason}: {names}"
             if reason in _EXPLAINED:
                 yield f"              {printable(skipped[0].detail, 300)}"
+
+
+def _ambiguous(report: ScanReport, style: Style, *, verbose: bool) -> Iterator[str]:
+    """What two runtimes may read differently: the names of each kind, and of the first what was judged."""
+    if report.ambiguities:
+        text = f"{count(report.ambiguities, 'constant or name')} that another runtime may read differently"
+        yield f"  {style('ambiguous', 'bad')} {text}"
+    for kind, parts in groupby(sorted(report.ambiguous, key=lambda part: part.kind), key=lambda part: part.kind):
+        found = list(parts)
+        if verbose:
+            for part in found:
+                yield f"            {kind} {printable(part.name)}: {printable(part.detail, 300)}"
+        else:
+            names = listed((printable(part.name, 40) for part in found), NAMES_SHOWN)
+            yield f"            {kind}: {names}: {printable(found[0].detail, 300)}"
 
 
 def _coverage(report: ScanReport, style: Style) -> str:

@@ -47,6 +47,8 @@ class Case:
     """Nodes of which the case says nothing: they may be sites, skipped, or neither."""
     not_run: str = ""
     """Why onnxruntime does not run this model; empty where it does."""
+    left: frozenset[str] = frozenset()
+    """Sites that a rewrite leaves as they are, since what it would write to is ambiguous."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Net:
         self.skipped: dict[str, str] = {}
         self.undecided: set[str] = set()
         self.not_run = ""
+        self.left: set[str] = set()
 
     # ---- what a scan should find
 
@@ -259,7 +262,15 @@ class Net:
         for key, value in self.metadata:
             model.metadata_props.add(key=key, value=value)
         return Case(
-            name, model, self.sites, self.skipped, self.folder, self.outliers, frozenset(self.undecided), self.not_run
+            name,
+            model,
+            self.sites,
+            self.skipped,
+            self.folder,
+            self.outliers,
+            frozenset(self.undecided),
+            self.not_run,
+            frozenset(self.left),
         )
 
     def _opsets(self) -> list[onnx.OperatorSetIdProto]:

@@ -216,6 +216,7 @@ def raw_data_and_float_data() -> Net:
     W = net.kernel(16, 3, 3, 3)
     proto = numpy_helper.from_array(W)
     proto.float_data.extend(net.kernel(16, 3, 3, 3, outlier=None).ravel())
+    net.left.add("conv")
     return folded_with(net, net.tensor(proto, "weight"), W)
 
 

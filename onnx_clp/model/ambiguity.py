@@ -1,0 +1,88 @@
+"""What a file says twice, so that two runtimes may run different things: collected, bounded, with what was judged.
+
+What onnxruntime runs is judged. Where another reader may take something else, or none can know, that is a finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import onnx
+
+from onnx_clp.model.file import ModelFile
+from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA, INT32_DATA, INT64_DATA, UINT64_DATA
+
+NAMED: Final = 100
+"""How many are named; the others are counted."""
+
+_TYPED_FIELDS: Final = MappingProxyType(
+    {
+        FLOAT_DATA: "float_data",
+        INT32_DATA: "int32_data",
+        INT64_DATA: "int64_data",
+        DOUBLE_DATA: "double_data",
+        UINT64_DATA: "uint64_data",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ambiguity:
+    """Something that two runtimes may read differently.
+
+    Attributes:
+        kind: In one word: ``payload``, ``duplicate-name``, ``shadowed``, ``overridden-operator``,
+            ``duplicate-function``, ``attribute`` or ``opset``.
+        name: The tensor, value, node, function or operator set.
+        detail: What is there twice, and which of the two was judged.
+    """
+
+    kind: str
+    name: str
+    detail: str
+
+
+class Ambiguities:
+    """Those of one file. A function that is called often has each of its own once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._seen: set[tuple[str, str, str]] = set()
+        self._named: list[Ambiguity] = []
+
+    def add(self, kind: str, path: str, name: str, detail: str) -> None:
+        """Count one of ``name``, which stands in the calls and subgraphs of ``path``."""
+        key = (kind, name, detail)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.count += 1
+        if len(self._named) < NAMED:
+            self._named.append(Ambiguity(kind, path + name, detail))
+
+    @property
+    def named(self) -> tuple[Ambiguity, ...]:
+        """The first NAMED of them."""
+        return tuple(self._named)
+
+
+def doubled_payload(file: ModelFile, tensors: Iterable[onnx.TensorProto]) -> str:
+    """What the first of ``tensors`` with more than one payload holds, and which was judged; empty where none has."""
+    for tensor in tensors:
+        payload = file.payload(tensor)
+        if payload is None:
+            continue
+        typed = {number for (number, _), content in zip(payload.typed, payload.packed, strict=True) if len(content)}
+        spellings = [_TYPED_FIELDS[number] for number in sorted(typed)]
+        if payload.raw is not None and (len(payload.raw) or typed):
+            spellings.insert(0, "raw_data")
+        external = tensor.data_location == onnx.TensorProto.EXTERNAL
+        if external:
+            spellings.insert(0, "external data")
+        if len(spellings) > 1:
+            judged = spellings[0] if external or payload.raw is not None else "the one of its element type"
+            return f"it holds its numbers as {' and as '.join(spellings)}; {judged} was judged, as onnxruntime reads it"
+    return ""
