@@ -82,7 +82,9 @@ class Meter:
         """Spend ``amount`` multiply-adds. Raises PayloadError with the reason ``limit`` where that is too much."""
         self._work += amount
         if self._work > self.limits.work + WORK_PER_BYTE * self._disk:
-            raise PayloadError("analysing it would take more work than a file of this size is given", "limit")
+            raise PayloadError(
+                "analysing it would take more work than a file of this size is given (--limit work=…)", "limit"
+            )
 
     def touch(self, elements: int) -> None:
         """Spend the work of one step that makes or reads ``elements`` numbers."""
@@ -91,7 +93,9 @@ class Meter:
     def fits(self, size: int) -> None:
         """Raise PayloadError with the reason ``limit`` where ``size`` more bytes in memory would be too many."""
         if self._memory + size > self.limits.memory + MEMORY_PER_BYTE * self._disk:
-            raise PayloadError("analysing it would take more memory than a file of this size is given", "limit")
+            raise PayloadError(
+                "analysing it would take more memory than a file of this size is given (--limit memory=…)", "limit"
+            )
 
     def hold(self, size: int) -> None:
         """Count ``size`` bytes that stay in memory until the end of the scan. Raises as ``fits`` does."""

@@ -165,8 +165,7 @@ def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice,
                 analysis.constants, analysis.graph, [(choice.part.site.knobs, choice.channels) for choice in wanted]
             )
         except PayloadError as error:
-            hint = "--limit work=… gives it more" if error.reason == "limit" else ""
-            raise UsageError(f"a constant cannot be rewritten: {error.message}", hint) from error
+            raise UsageError(f"a constant cannot be rewritten: {error.message}") from error
         if not changes.refused:
             return changes, tuple(wanted), tuple(refused)
         for position, reason in changes.refused.items():
