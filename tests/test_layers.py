@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("analysis",),
     # the rewrite
+    ("trial",),
     ("runtime",),
     ("sanitizer",),
     ("verify",),
@@ -80,7 +81,7 @@ ONLY = {
     "onnx": ("model.", "verify", "runtime", "evaluation.session"),
     "google": ("model.",),
     "click": ("cli.",),
-    "onnxruntime": ("runtime", "evaluation.providers"),
+    "onnxruntime": ("trial", "evaluation.providers"),
     "PIL": ("evaluation.pictures",),
     "matplotlib": ("report.plot",),
     "ml_dtypes": ("model.", "bounds"),
@@ -96,7 +97,7 @@ ONLY = {
         "sites",
         "kernels",
         "verify",
-        "runtime",
+        "trial",
         "evaluation.",
     ),
 }
