@@ -120,7 +120,7 @@ def load(ort: Any, path: str) -> Any:  # noqa: ANN401  # onnxruntime is optional
     options.intra_op_num_threads = min(THREADS, os.cpu_count() or 1)
     options.enable_cpu_mem_arena = False  # it takes up to twice what is needed
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:
         # onnxruntime raises a dozen kinds, all of them its answer.
         raise Stop(_kind(error, "refused"), first_line(error)) from error

@@ -45,7 +45,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("verify",),
     ("rewrite",),
     # accuracy and attack success
-    ("evaluation.triggers", "evaluation.npy"),
+    ("evaluation.triggers", "evaluation.files"),
+    ("evaluation.npy",),
     ("evaluation.attack",),
     ("evaluation.figures", "evaluation.preprocess", "evaluation.pictures", "evaluation.providers"),
     ("evaluation.correlation",),

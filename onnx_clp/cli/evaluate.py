@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,7 +14,7 @@ import click
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.options import deliver, protect, share, terminal_style
 from onnx_clp.defaults import DEFAULT_U
-from onnx_clp.errors import UsageError
+from onnx_clp.errors import OnnxClpError, UsageError
 
 if TYPE_CHECKING:
     from onnx_clp.evaluation.prepared import EvaluationOptions
@@ -317,6 +318,7 @@ class _Wanted:
 
 def _inputs(models: Iterable[Path | None], attack: Path | None, trigger: Path | None, images: Path) -> Iterator[Path]:
     """The files that are read, but for those in a folder of images."""
+    from onnx_clp.evaluation.attack import named_files
     from onnx_clp.model.file import open_model
 
     for model in models:
@@ -328,6 +330,8 @@ def _inputs(models: Iterable[Path | None], attack: Path | None, trigger: Path | 
         document = attack / "attack.json" if attack.is_dir() else attack
         yield document
         yield from document.parent.glob("trigger.*")
+        with suppress(OnnxClpError):  # said where it is read
+            yield from named_files(document)
     if trigger is not None:
         yield trigger
     if images.is_file():

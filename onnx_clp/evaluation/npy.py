@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.errors import UsageError
+from onnx_clp.evaluation.files import open_regular
 
 BROKEN: Final = (ValueError, EOFError, SyntaxError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 """What NumPy and zipfile raise of a file that is none of theirs."""
@@ -19,9 +20,7 @@ BROKEN: Final = (ValueError, EOFError, SyntaxError, KeyError, zipfile.BadZipFile
 def load_array(path: Path) -> npt.NDArray[Any]:
     """The array in a .npy, mapped and not read. Raises UsageError where it cannot be read, or is something else."""
     try:
-        if path.is_fifo():
-            raise UsageError(f"{path} is a pipe", "an array is read from a file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
                 raise UsageError(f"{path} is not an array as NumPy saves it", "save it with numpy.save")
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -28,9 +28,9 @@ def input_table(preprocessing: Preprocessing, dtype: npt.DTypeLike) -> npt.NDArr
         UsageError: ``dtype`` is uint8 and the table has other numbers than 0 to 255, or it cannot hold a number.
     """
     low, high = preprocessing.value_range
-    values = low + np.arange(256) / 255 * (high - low)
     mean, std = np.array(preprocessing.mean)[:, None], np.array(preprocessing.std)[:, None]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = low + np.arange(256) / 255 * (high - low)
         table = (values - mean) / std
         floats = table if np.dtype(dtype) == np.uint8 else np.asarray(table, dtype)
     if not np.isfinite(floats).all():

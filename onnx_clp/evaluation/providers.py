@@ -66,6 +66,7 @@ def onnxruntime() -> Any:  # noqa: ANN401  # optional, and without types
         raise UsageError(f"onnxruntime {reason}", INSTALL) from error
     if not hasattr(module, "InferenceSession"):
         raise UsageError("onnxruntime is installed in part only", f"uninstall it, then {INSTALL}")
+    module.disable_telemetry_events()
     return module
 
 
