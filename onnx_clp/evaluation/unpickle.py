@@ -23,7 +23,7 @@ from onnx_clp.evaluation.files import open_regular, size_of
 _LARGEST: Final = 1 << 26
 """Bytes of a file; CIFAR's test batches have 31 MB."""
 
-_MOST_STEPS: Final = 1 << 20
+_MOST_STEPS: Final = 1 << 18
 """Instructions of a pickle: CIFAR's have some 50,000, and each can make an object a hundred times as large as it is."""
 
 _INSTRUCTIONS: Final = frozenset(  # a list would take forty lines
