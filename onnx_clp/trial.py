@@ -34,6 +34,9 @@ OUTPUT: Final = 1 << 20
 GRACE: Final = 5
 """Seconds after which the process ends itself, where nobody is left to end it in time."""
 
+NO_TELEMETRY: Final = "ORT_DISABLE_TELEMETRY"
+"""The environment variable that onnxruntime looks for, https://github.com/microsoft/onnxruntime/blob/main/docs/Privacy.md."""
+
 _DTYPES: Final = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -78,9 +81,7 @@ def main() -> None:
         return "fine"
 
     try:
-        import onnxruntime
-
-        onnxruntime.disable_telemetry_events()
+        onnxruntime = import_onnxruntime()
     except Exception as error:  # noqa: BLE001  # whatever a broken installation raises
         answer("load", "failed", f"onnxruntime cannot be imported: {first_line(error)}")
         return
@@ -89,6 +90,20 @@ def main() -> None:
         go("original", load, onnxruntime, job["original"])
     if kind == "fine" and job["run"]:
         go("run", run, onnxruntime, job["run"], job["observed"], job["shapes"])
+
+
+def import_onnxruntime() -> Any:  # noqa: ANN401  # optional, and without types
+    """The module, which shall send nothing to anyone. Raises what importing it raises.
+
+    Its official builds make a lasting identifier of the machine and report to Microsoft, unless they are told not to
+    before they are imported.
+    """
+    os.environ[NO_TELEMETRY] = "1"
+    import onnxruntime  # slow to import
+
+    if hasattr(onnxruntime, "disable_telemetry_events"):  # on Windows older ones have this alone
+        onnxruntime.disable_telemetry_events()
+    return onnxruntime
 
 
 def confine(address_space: int, seconds: int) -> None:

@@ -82,7 +82,7 @@ ONLY = {
     "onnx": ("model.", "verify", "runtime", "evaluation.session"),
     "google": ("model.",),
     "click": ("cli.",),
-    "onnxruntime": ("trial", "evaluation.providers"),
+    "onnxruntime": ("trial",),
     "PIL": ("evaluation.pictures",),
     "matplotlib": ("report.plot",),
     "ml_dtypes": ("model.", "bounds"),

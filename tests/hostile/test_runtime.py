@@ -21,6 +21,7 @@ import onnx_clp
 from onnx_clp import Limits, SanitizeReport, VerificationError, runtime, sanitize
 from onnx_clp.evaluation import providers
 from onnx_clp.limits import DEFAULT_LIMITS
+from onnx_clp.trial import NO_TELEMETRY
 from tests.built import build, save
 from tests.cases.net import Net
 
@@ -163,7 +164,7 @@ def test_an_output_that_is_not_what_was_silenced_is_no_pass(tmp_path: Path) -> N
 
 STAND_IN = """
 import os, resource, signal, subprocess, sys
-calls = []
+calls = [os.environ.get("ORT_DISABLE_TELEMETRY")]
 def disable_telemetry_events():
     calls.append("no telemetry")
 class SessionOptions: pass
@@ -305,8 +306,35 @@ def test_there_is_no_telemetry(stand_in: Callable[..., None], place: Path, monke
     monkeypatch.setattr("onnxruntime.disable_telemetry_events", lambda: called.append("no telemetry"))
     providers.onnxruntime()
     assert called == ["no telemetry"]
+    monkeypatch.delenv(NO_TELEMETRY)
     stand_in(load="raise RuntimeError(repr(calls))")
-    assert examined(place).message == "['no telemetry', 'model.onnx']"
+    assert examined(place).message == "['1', 'no telemetry', 'model.onnx']"
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_onnxruntime_leaves_no_identifier_of_the_machine(place: Path, *, evaluated: bool) -> None:
+    """Official builds from 1.30 on leave one in the cache of the user, and a session in TMPDIR, as soon as imported."""
+    home = place.parent / "home"
+    home.mkdir()
+    code = (
+        "from onnx_clp.evaluation.providers import version; version()"
+        if evaluated
+        else "from onnx_clp import sanitize; print(sanitize('model.onnx', 'out.onnx').checks[-1].passed)"
+    )
+    quiet = {NO_TELEMETRY, "CI", "GITHUB_ACTIONS", "GITLAB_CI", "CIRCLECI", "XDG_CACHE_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    environment |= {"HOME": str(home), "TMPDIR": str(home), "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HUNG,
+        check=False,
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (0, "" if evaluated else "True\n", "")
+    assert list(home.rglob("*")) == []
 
 
 def test_what_anyone_prints_is_no_answer(stand_in: Callable[..., None], place: Path) -> None:
