@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_clp.errors import ModelFileError, UsageError
+from onnx_clp.trial import import_onnxruntime
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
@@ -140,8 +141,7 @@ def observe(model: onnx.ModelProto, feed: Feed) -> dict[str, Array]:
 
 
 def _session(model: onnx.ModelProto | Path) -> Any:  # onnxruntime has no types
-    import onnxruntime  # slow to import
-
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1

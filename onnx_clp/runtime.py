@@ -1,34 +1,46 @@
-"""Ask onnxruntime: does a rewritten model load, and are its silenced channels silent? Nothing else imports it."""
+"""Ask onnxruntime, in a process of its own, whether a rewritten model loads and its silenced channels are silent.
+
+onnxruntime is a large program in C++, and the model is a stranger's: it may crash onnxruntime, keep it busy for ever,
+or make it take all memory. None of that may take down who asked. The process, whose script is `trial`, gets so much
+time and memory and no more, leaves no core dump, and is ended with whoever started it; what goes in and out is JSON.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
-import numpy as np
 import onnx
 
-from onnx_clp.errors import UsageError, VerificationError
+from onnx_clp import trial
+from onnx_clp.limits import Limits
 from onnx_clp.model.edits import length_delimited
-from onnx_clp.model.tensors import Array
 from onnx_clp.model.wire import MODEL_GRAPH
+from onnx_clp.trial import first_line
 
-DEFAULT_BATCH: Final = 1
-"""Stands in for a first axis without a fixed extent, which by convention is the batch."""
+__all__ = ["Answer", "Observed", "Trial", "available", "examine", "first_line"]
 
-_DTYPES: Final = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
+PROCESS: Final = 1 << 30
+"""Bytes of address space for Python, NumPy and onnxruntime themselves; they were seen to map 0.2 to 0.5 GiB."""
+
+PER_BYTE: Final = 8
+"""Bytes of address space that a byte on disk pays for: loading takes two, and weights of 8 bits become 32 when run."""
+
+RUN_MEMORY: Final = 8
+"""A run holds the outputs of all silenced layers at once: this many times what ``limits.memory`` gives a scan."""
+
+_FROM_OUTSIDE: Final = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""Signals that no crash sends; the first is what a system without memory ends a process with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +53,44 @@ class Observed:
     rest: float
 
 
-class NotRun(Exception):  # noqa: N818  # not an error: the reason why a check could not be made
-    """The model could not be run here, for a reason that says nothing about the rewrite."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one step.
+
+    Attributes:
+        kind: One of those in `trial`, ``crashed`` or ``timeout``.
+        message: What went wrong; empty where nothing did.
+        hint: What to do next.
+    """
+
+    kind: str
+    message: str = ""
+    hint: str = ""
+
+    @property
+    def fine(self) -> bool:
+        """Whether it went well."""
+        return self.kind == "fine"
+
+    @property
+    def words(self) -> str:
+        """Message and hint."""
+        return f"{self.message}: {self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What came of a model.
+
+    Attributes:
+        load: Of loading it.
+        original: Of loading the model it was made from; None where that was not tried.
+        run: Of running it; None where that was not tried.
+    """
+
+    load: Answer
+    original: Answer | None = None
+    run: Answer | None = None
 
 
 def available() -> bool:
@@ -50,111 +98,156 @@ def available() -> bool:
     return importlib.util.find_spec("onnxruntime") is not None
 
 
-def load_error(path: Path) -> str:
-    """Why onnxruntime does not load the model at ``path``; empty where it does."""
+def examine(
+    model: Path,
+    original: Path,
+    observed: Sequence[Observed],
+    input_shapes: Mapping[str, tuple[int, ...]],
+    size: int,
+    limits: Limits,
+) -> Trial:
+    """Load a model and run it on random input.
+
+    Args:
+        model: The model; a copy with more outputs is written beside it for as long as it is run.
+        original: What it was made from, which is loaded where ``model`` is not.
+        observed: What to look at in the run; nothing is run where there is nothing.
+        input_shapes: Shapes by input name, for inputs without a fixed one.
+        size: Bytes of ``model`` and its data files.
+        limits: Memory and seconds.
+
+    ``run`` is ``fine`` where every observed channel was seen to be silent.
+    """
+    model, original = model.absolute(), original.absolute()
+    folders, room = (model.parent, original.parent), PROCESS + PER_BYTE * size + RUN_MEMORY * limits.memory
+    job = {"address_space": room, "seconds": limits.seconds, "path": _import_path(folders)}
+    steps = {"load": str(model), "original": str(original), "observed": [asdict(part) for part in observed]}
     try:
-        _session(path)
-    except Exception as error:  # noqa: BLE001  # onnxruntime raises a dozen kinds, all of them its answer
-        return first_line(error)
+        with tempfile.NamedTemporaryFile(dir=model.parent, prefix="probe-", suffix=".onnx", buffering=0) as probe:
+            unwritten = _write_probe(model, observed, probe) if observed else ""
+            run = probe.name if observed and not unwritten else ""
+            answers = _answers({**job, **steps, "run": run, "shapes": dict(input_shapes)}, model.parent, limits)
+        load = answers["load"]
+        if load.kind == "crashed":
+            again = _answers({**job, "load": str(original), "original": "", "run": ""}, model.parent, limits)
+            return Trial(load, original=again["load"])
+    except OSError as error:
+        return Trial(Answer("failed", f"onnxruntime cannot be run: {error.strerror or error}"))
+    if unwritten and load.fine:
+        return Trial(load, run=Answer("not-run", unwritten))
+    return Trial(load, answers.get("original"), answers.get("run"))
+
+
+def _write_probe(model: Path, observed: Sequence[Observed], target: IO[bytes]) -> str:
+    """Write a copy of ``model`` that gives what is to be observed too; why that cannot be, empty where it can."""
+    graph = onnx.GraphProto(output=[onnx.ValueInfoProto(name=part.value) for part in observed])
+    try:
+        with model.open("rb") as source:
+            while block := source.read(1 << 20):
+                _write(target, block)
+        # A second graph field is merged into the first: the same model with more outputs.
+        _write(target, length_delimited(MODEL_GRAPH, graph.SerializeToString()))
+    except OSError as error:
+        return f"a copy with more outputs cannot be written: {error.strerror or error}"
     return ""
 
 
-def check_silence(
-    path: Path, observed: Sequence[Observed], input_shapes: Mapping[str, tuple[int, ...]], scratch: Path
-) -> int:
-    """Run the model at ``path`` on random input and look at the silenced channels.
+def _write(target: IO[bytes], content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[target.write(rest) :]
 
-    Args:
-        path: The model.
-        observed: What to look at.
-        input_shapes: Shapes by input name, for inputs without a fixed one.
-        scratch: Where a copy of the model with more outputs may be written; must be the folder of its data files.
 
-    Returns:
-        How many channels were seen to be silent.
+def _answers(job: Mapping[str, Any], scratch: Path, limits: Limits) -> dict[str, Answer]:
+    """Do ``job`` in a process of its own: the answers by step, one for the step that it ended in among them."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        return {"load": Answer("failed", "there is no Python to run onnxruntime with")}
+    # Files and not pipes: who says more than is read fills nobody's memory and waits for nobody.
+    with (
+        tempfile.TemporaryFile(dir=scratch) as given,
+        tempfile.TemporaryFile(dir=scratch) as answered,
+        tempfile.TemporaryFile(dir=scratch) as said,
+    ):
+        given.write(json.dumps(job).encode())
+        given.seek(0)
+        code = _run_script(given, answered, said, limits.seconds)
+        answers = _parsed(_content(answered))
+        missing = _missing(answers, job)
+        if missing:
+            answers[missing] = _ended(code, _content(said).decode("utf-8", "replace"), limits)
+    room = job["address_space"]
+    return {step: _short(room, limits) if answer.kind == "memory" else answer for step, answer in answers.items()}
 
-    Raises:
-        NotRun: An input's shape is not known, or onnxruntime does not run the model on random input.
-        VerificationError: A channel is not silent.
-        UsageError: ``input_shapes`` names no input of the model, or does not fit.
-    """
-    graph = onnx.GraphProto(output=[onnx.ValueInfoProto(name=part.value) for part in observed])
-    probe = scratch / f"{path.name}.probe"
-    with path.open("rb") as source, probe.open("xb") as target:
-        while block := source.read(1 << 20):
-            target.write(block)
-        # A second graph field is merged into the first: the same model with more outputs.
-        target.write(length_delimited(MODEL_GRAPH, graph.SerializeToString()))
+
+def _content(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read(trial.OUTPUT)
+
+
+def _run_script(given: IO[bytes], answered: IO[bytes], said: IO[bytes], seconds: int) -> int | None:
+    """Run `trial` to its end: its exit code; None where it had to be ended after ``seconds``."""
+    process = subprocess.Popen(  # noqa: S603  # this interpreter, and a script of this package
+        # -I: neither the current folder nor an environment variable says from where to import.
+        [sys.executable, "-I", Path(trial.__file__).absolute()],
+        stdin=given,
+        stdout=answered,
+        stderr=said,
+        cwd=Path(sys.executable).anchor,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+    )
     try:
-        session = _session(probe)
-        feed = _random_inputs(session, input_shapes)
-        outputs = session.run([part.value for part in observed], feed)
-    except (NotRun, UsageError):
-        raise
-    except Exception as error:
-        raise NotRun(f"onnxruntime does not run it on random input: {first_line(error)}") from error
-    finally:
-        probe.unlink()
-    for part, output in zip(observed, outputs, strict=True):
-        silent = np.take(output, part.channels, axis=part.axis)
-        if np.isnan(silent.astype(np.float64)).any():
-            raise NotRun(
-                f"on random input {part.value!r} is not a number: a weight is not finite, or something overflows"
-            )
-        loud = np.flatnonzero(np.any(np.moveaxis(silent, part.axis, 0).reshape(len(part.channels), -1) != part.rest, 1))
-        if loud.size:
-            channel = part.channels[int(loud[0])]
-            raise VerificationError(f"channel {channel} of {part.value!r} is not silent in the rewritten model")
-    return sum(len(part.channels) for part in observed)
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:  # also on Ctrl-C
+        process.kill()
+        process.wait()
 
 
-def _session(path: Path) -> Any:  # noqa: ANN401  # onnxruntime is optional and has no types
-    import onnxruntime  # optional, and slow to import
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _random_inputs(  # the session is onnxruntime's, which has no types
-    session: Any,  # noqa: ANN401
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, Array]:
-    """Standard normal numbers for float inputs, small ones for integer inputs."""
-    generator = np.random.default_rng(0)
-    inputs = {given.name: given for given in session.get_inputs()}
-    unknown = sorted(set(shapes) - set(inputs))
-    if unknown:
-        raise UsageError(f"the model has no input {unknown[0]!r}", f"its inputs: {', '.join(sorted(inputs))}")
-    feed: dict[str, Array] = {}
-    for name, given in inputs.items():
-        dtype = _DTYPES.get(given.type)
-        if dtype is None:
-            raise NotRun(f"input {name!r} has type {given.type}")
-        shape = _shape(name, given.shape, shapes.get(name))
-        numbers = np.asarray(generator.standard_normal(shape))
-        feed[name] = np.asarray(numbers if np.dtype(dtype).kind == "f" else np.abs(numbers) > 1, dtype)
-    return feed
+def _import_path(folders: Sequence[Path]) -> list[str]:
+    """From where this process imports, but for the folder it works in and ``folders``, which strangers fill."""
+    refused = {os.path.realpath(folder) for folder in folders}
+    with suppress(OSError):  # the current folder was removed
+        refused.add(os.path.realpath(os.curdir))
+    return [folder for folder in sys.path if Path(folder).is_absolute() and os.path.realpath(folder) not in refused]
 
 
-def _shape(name: str, declared: Sequence[int | str | None], asked: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The shape to feed: the one asked for where it fits, else the declared one where it is fixed but for the batch."""
-    text = ",".join("?" if size is None else str(size) for size in declared)
-    if asked is not None:
-        fits = len(asked) == len(declared) and all(
-            not isinstance(size, int) or size == given for size, given in zip(declared, asked, strict=True)
-        )
-        if not fits:
-            raise UsageError(f"input {name!r} has the shape ({text}), not {','.join(map(str, asked))}")
-        return asked
-    shape = [DEFAULT_BATCH if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(declared)]
-    if not all(isinstance(size, int) for size in shape):
-        example = ",".join(str(size) if isinstance(size, int) else "224" for size in shape)
-        raise NotRun(f"input {name!r} has a dynamic shape ({text}): give --input-shape {name}={example} or what fits")
-    return tuple(int(size) for size in shape if size is not None)
+def _parsed(lines: bytes) -> dict[str, Answer]:
+    """The answers by step; a line that was cut short is none."""
+    answers = {}
+    for line in lines.splitlines():
+        try:
+            answer = json.loads(line)
+            answers[str(answer["step"])] = Answer(*(str(answer[key]) for key in ("kind", "message", "hint")))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            break
+    return answers
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what ``error`` says, cut to what a person reads."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _missing(answers: Mapping[str, Answer], job: Mapping[str, Any]) -> str:
+    """The step that should have been answered and was not; empty where there is none."""
+    if "load" not in answers:
+        return "load"
+    after = {"fine": "run", "refused": "original"}.get(answers["load"].kind, "")
+    return after if after and job[after] and after not in answers else ""
+
+
+def _ended(code: int | None, words: str, limits: Limits) -> Answer:
+    """Why the process gave no answer, from its exit code and what it said on stderr."""
+    if code is None or code == -signal.SIGALRM:  # by which it ends itself
+        hint = f"more is given with --limit seconds={2 * limits.seconds}"
+        return Answer("timeout", f"onnxruntime did not finish in {limits.seconds:,} s", hint)
+    if trial.speaks_of_memory(words):
+        return Answer("memory")
+    if -code in _FROM_OUTSIDE:
+        return Answer("failed", f"onnxruntime was ended from outside (signal {-code}), for want of memory perhaps")
+    if code < 0:
+        return Answer("crashed", f"onnxruntime crashed on it (signal {-code})")
+    last = (words.strip().splitlines() or ["it does not say why"])[-1][:300]
+    return Answer("failed", f"the process that runs onnxruntime ended with code {code}: {last}")
+
+
+def _short(room: int, limits: Limits) -> Answer:
+    """What to say where ``room`` bytes of memory were too few."""
+    hint = f"more is given with --limit memory={2 * limits.memory}"
+    return Answer("memory", f"onnxruntime needs more than the {room >> 20:,} MiB it is given", hint)

@@ -13,7 +13,7 @@ import onnx
 
 from onnx_clp import runtime
 from onnx_clp.analysis import Analysis, ScanReport, analyse
-from onnx_clp.errors import VerificationError
+from onnx_clp.errors import UsageError, VerificationError
 from onnx_clp.kernels import Measured
 from onnx_clp.model.file import ModelFile, open_model
 from onnx_clp.model.graph import MISSING
@@ -152,26 +152,45 @@ def _check_runtime(
     if not runtime.available():
         yield Check("onnxruntime-load", passed=None, detail="onnxruntime is not installed")
         return
-    refusal = runtime.load_error(rewrite.model)
-    if refusal:
-        original = runtime.load_error(analysis.file.path)
-        if not original:
-            raise VerificationError(f"onnxruntime does not load the written file: {refusal}")
-        yield Check("onnxruntime-load", passed=None, detail=f"onnxruntime does not load the input either: {original}")
-        return
-    yield Check("onnxruntime-load", passed=True, detail="onnxruntime loads it")
     observed = list(_observed(analysis, done))
-    if not observed:
+    size = sum(path.stat().st_size for _, _, path in rewrite.files)
+    limits = analysis.file.meter.limits
+    trial = runtime.examine(rewrite.model, analysis.file.path, observed, input_shapes, size, limits)
+    yield _load_check(trial)
+    if not trial.load.fine:
+        return
+    if trial.run is None:
         yield Check("onnxruntime-run", passed=None, detail="no silenced channel can be observed")
         return
-    try:
-        count = runtime.check_silence(rewrite.model, observed, input_shapes, rewrite.folder)
-    except runtime.NotRun as reason:
-        yield Check("onnxruntime-run", passed=None, detail=str(reason))
+    if trial.run.kind == "usage":
+        raise UsageError(trial.run.message, trial.run.hint)
+    if trial.run.kind == "loud":
+        raise VerificationError(trial.run.message)
+    if not trial.run.fine:
+        yield Check("onnxruntime-run", passed=None, detail=trial.run.words)
         return
+    count = sum(len(part.channels) for part in observed)
     rest = sum(len(choice.channels) for choice in done) - count
     detail = f"silenced channels found silent on random input: {count:,}"
     yield Check("onnxruntime-run", passed=True, detail=detail + (f"; {rest} cannot be observed there" if rest else ""))
+
+
+def _load_check(trial: runtime.Trial) -> Check:
+    """Whether the written model loads. Raises VerificationError where it does not and the input does."""
+    load, original = trial.load, trial.original
+    if load.fine:
+        return Check("onnxruntime-load", passed=True, detail="onnxruntime loads it")
+    if original is None:
+        return Check("onnxruntime-load", passed=None, detail=load.words)
+    if load.kind == "crashed":
+        if original.fine:
+            raise VerificationError(f"{load.message}: on the written file, and not on the input")
+        return Check("onnxruntime-load", passed=None, detail=f"{load.message}; on the input: {original.words}")
+    if original.fine:
+        raise VerificationError(f"onnxruntime does not load the written file: {load.message}")
+    return Check(
+        "onnxruntime-load", passed=None, detail=f"onnxruntime does not load the input either: {original.words}"
+    )
 
 
 def _observed(analysis: Analysis, done: Sequence[Choice]) -> Iterator[runtime.Observed]:

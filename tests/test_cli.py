@@ -155,7 +155,7 @@ def test_a_rewrite_that_fails_its_verification_is_four(
     def loud(*_: object) -> int:
         raise VerificationError("channel 5 is not silent", "tell somebody")
 
-    monkeypatch.setattr(runtime, "check_silence", loud)
+    monkeypatch.setattr(runtime, "examine", loud)
     source = saved("folded", tmp_path)
     assert run(["sanitize", source, str(tmp_path / "out.onnx")]) == UNVERIFIED
     out, err = capsys.readouterr()
@@ -171,7 +171,7 @@ def test_a_bug_is_one_line_that_asks_for_a_report(
     def broken(*_: object) -> int:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(runtime, "check_silence", broken)
+    monkeypatch.setattr(runtime, "examine", broken)
     assert run(["sanitize", saved("folded", tmp_path), str(tmp_path / "out.onnx")]) == ERROR
     err = capsys.readouterr().err
     assert "a bug" in err

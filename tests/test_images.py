@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from onnx_clp.errors import UsageError
-from onnx_clp.evaluation import arrays
+from onnx_clp.evaluation import files
 from onnx_clp.evaluation.images import labelled, read_images, some_of, stratified
 from onnx_clp.evaluation.npy import load_array
 from onnx_clp.evaluation.pictures import Fit, fitted, grey, read_picture
@@ -300,7 +300,7 @@ def test_an_npz_that_unpacks_to_more_than_memory_is_refused_unread(
 ) -> None:
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((4, 6, 5, 3), np.uint8), labels=np.zeros(4, np.uint8))
     assert len(read_images(tmp_path / "a.npz", RGB).labels) == 4
-    monkeypatch.setattr(arrays, "LARGEST_FILE", 400)  # 360 bytes of pixels, 4 of labels, two heads of 128
+    monkeypatch.setattr(files, "LARGEST", 400)  # 360 bytes of pixels, 4 of labels, two heads of 128
     with pytest.raises(UsageError, match="unpacks to more"):
         read_images(tmp_path / "a.npz", RGB)
 
@@ -447,7 +447,7 @@ def test_a_huge_label_makes_no_names(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "trigger.npy")
-    with pytest.raises(UsageError, match="is a pipe"):
+    with pytest.raises(UsageError, match="no regular file"):
         load_array(tmp_path / "trigger.npy")
 
 

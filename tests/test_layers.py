@@ -43,12 +43,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("analysis",),
     # the rewrite
+    ("trial",),
     ("runtime",),
     ("sanitizer",),
     ("verify",),
     ("rewrite",),
     # accuracy and attack success
-    ("evaluation.triggers", "evaluation.npy"),
+    ("evaluation.triggers", "evaluation.files"),
+    ("evaluation.npy",),
     ("evaluation.attack",),
     ("evaluation.figures", "evaluation.preprocess", "evaluation.pictures", "evaluation.providers"),
     ("evaluation.correlation",),
@@ -85,7 +87,7 @@ ONLY = {
     "onnx": ("model.", "verify", "runtime", "evaluation.session"),
     "google": ("model.",),
     "click": ("cli.",),
-    "onnxruntime": ("runtime", "evaluation.providers"),
+    "onnxruntime": ("trial",),
     "PIL": ("evaluation.pictures",),
     "matplotlib": ("report.plot",),
     "ml_dtypes": ("model.", "bounds"),
@@ -101,7 +103,7 @@ ONLY = {
         "sites",
         "kernels",
         "verify",
-        "runtime",
+        "trial",
         "evaluation.",
     ),
 }

@@ -319,6 +319,7 @@ class _Wanted:
 
 def _inputs(models: Iterable[Path | None], attack: Path | None, trigger: Path | None, images: Path) -> Iterator[Path]:
     """The files that are read, but for those in a folder of images."""
+    from onnx_clp.evaluation.attack import named_files
     from onnx_clp.model.file import open_model
 
     for model in models:
@@ -332,6 +333,8 @@ def _inputs(models: Iterable[Path | None], attack: Path | None, trigger: Path | 
         document = attack / "attack.json" if attack.is_dir() else attack
         yield document
         yield from document.parent.glob("trigger.*")
+        with suppress(OnnxClpError):  # said where it is read
+            yield from named_files(document)
     if trigger is not None:
         yield trigger
     if images.is_file():

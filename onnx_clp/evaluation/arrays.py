@@ -5,13 +5,15 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from onnx_clp.errors import UsageError
-from onnx_clp.evaluation.collection import LARGEST_FILE, Collection, of_arrays
-from onnx_clp.evaluation.npy import BROKEN, load_array, unreadable
+from onnx_clp.evaluation.collection import Collection, of_arrays
+from onnx_clp.evaluation.files import open_regular, size_of, unpacked_limit
+from onnx_clp.evaluation.npy import load_array, unreadable, unwarned
 
 KEYS: Final = (
     ("images", "labels"),
@@ -28,16 +30,33 @@ FILES: Final = ("test_x.npy", "test_y.npy")
 def read_npz(path: Path) -> Collection:
     """Images and labels of an .npz. Raises UsageError where they are not there, or are something else."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = {item.filename.removesuffix(".npy"): item.file_size for item in archive.infolist()}
-        keys = _keys(path, tuple(sizes))
-        if sum(sizes[key] for key in keys) > LARGEST_FILE:
-            raise UsageError(f"{path} unpacks to more than {LARGEST_FILE >> 30} GiB", "save fewer images")
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = (np.asarray(arrays[key]) for key in keys)
-    except (OSError, MemoryError, OverflowError, RuntimeError, *BROKEN) as error:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
+            chosen = [members[key] for key in _keys(path, tuple(members))]
+            _check_size(path, chosen, unpacked_limit(size_of(file)))
+            images, labels = (_member(archive, item) for item in chosen)
+    except UsageError:
+        raise
+    except Exception as error:
+        # A broken file makes NumPy, zipfile and Python's own parser raise nearly anything.
         raise unreadable(path, error) from error
     return of_arrays("arrays", path, images, labels)
+
+
+def _check_size(path: Path, members: Sequence[zipfile.ZipInfo], most: int) -> None:
+    if sum(member.file_size for member in members) > most:
+        raise UsageError(
+            f"{path} unpacks to more than a file of its size may", "save fewer images, or with numpy.savez"
+        )
+
+
+def _member(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    """The array in a member of an .npz, which is read as far as it says that it is long."""
+    if item.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it is packed as NumPy packs nothing")
+    with archive.open(item) as member, unwarned():
+        array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+    return array
 
 
 def read_npy(folder: Path) -> Collection:

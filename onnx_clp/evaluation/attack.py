@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.errors import UsageError
+from onnx_clp.evaluation.files import beside, open_regular
 from onnx_clp.evaluation.npy import load_array
 from onnx_clp.evaluation.triggers import POSITIONS, Additive, Blend, Generated, Patch, Trigger, Warp
 
@@ -38,6 +39,8 @@ LAYOUTS: Final = ("NCHW", "NHWC")
 _LARGEST_DOCUMENT: Final = 16 << 20
 """Bytes of attack.json that are read; a real one has a few thousand."""
 _LARGEST_SIDE: Final = 16384
+_LARGEST_INPUT: Final = 1 << 24
+"""Pixels of a model's input: every image is brought to it, however small its file; classifiers have at most 2²⁰."""
 _LARGEST_TRIGGER: Final = 1 << 30
 """Bytes of a trigger's array."""
 
@@ -176,6 +179,12 @@ def read_attack(path: Path, runner: Runner) -> Attack:
     )
 
 
+def named_files(path: Path) -> tuple[Path, ...]:
+    """The files that an ``attack.json`` names, unread: that of its trigger. Raises UsageError as `read_attack` does."""
+    trigger = _read_document(path).get("trigger")
+    return (_Reader(path).file(trigger),) if isinstance(trigger, dict) and "file" in trigger else ()
+
+
 def _saved(folder: Path, array: npt.NDArray[Any]) -> dict[str, str]:
     np.save(folder / "trigger.npy", array, allow_pickle=False)
     return {"file": "trigger.npy"}
@@ -184,7 +193,7 @@ def _saved(folder: Path, array: npt.NDArray[Any]) -> dict[str, str]:
 def _read_document(path: Path) -> dict[str, Any]:
     hint = "an attack.json is what `python -m exporters train` writes beside its models"
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(_LARGEST_DOCUMENT + 1)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}", hint) from error
@@ -248,13 +257,13 @@ class _Reader:
             raise self.wrong(f"{key!r}", f"one of {', '.join(choices)}")
         return str(value)
 
-    def file(self, document: Mapping[str, Any], default: str | None = None) -> Path:
+    def file(self, document: Mapping[str, Any]) -> Path:
         """The file that ``document`` names, in the folder of attack.json."""
-        name = document.get("file", default)
+        name = document.get("file")
         plain = isinstance(name, str) and name not in {"", ".", ".."} and not {"/", "\\", "\0"} & set(name)
         if not isinstance(name, str) or not plain:
             raise self.wrong("'file'", "the plain name of a file beside it")
-        return self.path.parent / name
+        return beside(self.path, name)
 
     def array(self, document: Mapping[str, Any], axes: int) -> npt.NDArray[Any]:
         """The array in the file that ``document`` names; pickled objects are refused."""
@@ -302,9 +311,11 @@ def _as_bytes(reader: _Reader, array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]
 
 
 def _as_floats(reader: _Reader, array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    if array.dtype.kind != "f" or not np.isfinite(array).all():
+    with np.errstate(over="ignore"):
+        floats = array.astype(np.float32) if array.dtype.kind == "f" else np.array(np.nan, np.float32)
+    if not np.isfinite(floats).all():
         raise reader.wrong(f"the trigger (of {array.dtype})", "finite floating-point numbers")
-    return array.astype(np.float32)
+    return floats
 
 
 def _target(reader: _Reader, document: Mapping[str, Any], classes: int) -> Target:
@@ -320,6 +331,8 @@ def _preprocessing(reader: _Reader, document: Mapping[str, Any]) -> Preprocessin
     height, width = reader.numbers(document, "size", 2)
     if not all(side == int(side) and 1 <= side <= _LARGEST_SIDE for side in (height, width)):
         raise reader.wrong("'size'", f"height and width, from 1 to {_LARGEST_SIDE}")
+    if height * width > _LARGEST_INPUT:
+        raise reader.wrong("'size'", f"of {_LARGEST_INPUT:,} pixels at most")
     std = reader.numbers(document, "std", channels)
     if 0.0 in std:
         raise reader.wrong("'std'", "other than 0")

@@ -14,9 +14,6 @@ from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.pictures import Fit, fitted
 from onnx_clp.evaluation.triggers import Images
 
-LARGEST_FILE: Final = 1 << 34
-"""Bytes of arrays that are read into memory."""
-
 MOST_CLASSES: Final = 1 << 20
 
 Load = Callable[[npt.NDArray[np.intp], Fit], Images]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.errors import UsageError
-from onnx_clp.evaluation.collection import LARGEST_FILE, Collection, of_arrays
+from onnx_clp.evaluation.collection import Collection, of_arrays
+from onnx_clp.evaluation.files import LARGEST, open_regular, size_of, unpacked_limit
 from onnx_clp.evaluation.pictures import read_pictures
 from onnx_clp.evaluation.unpickle import read_pickle
 
@@ -105,12 +107,14 @@ def _plain_or_gzip(folder: Path, name: str) -> Path:
 def _idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
     """The array of bytes in an IDX file: 0, 0, 8, the number of axes, the sizes, big-endian, then the elements."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path) as stored, gzip.open(stored) if path.suffix == ".gz" else stored as file:
+            size = size_of(stored)
+            most = unpacked_limit(size) if path.suffix == ".gz" else size
             head = file.read(4 + 4 * axes)
             if len(head) != 4 + 4 * axes or head[:4] != bytes([0, 0, 8, axes]):
                 raise ValueError(f"no array of bytes of {axes} axes")  # noqa: TRY301  # said like what gzip finds wrong
             shape = tuple(int.from_bytes(head[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(axes))
-            if math.prod(shape) > LARGEST_FILE:
+            if math.prod(shape) > most:
                 raise ValueError(f"it claims the shape {shape}")  # noqa: TRY301  # likewise
             data = file.read(math.prod(shape))
         if len(data) != math.prod(shape):
@@ -126,9 +130,10 @@ def read_stl10(folder: Path) -> Collection:
     path = folder / "test_X.bin"
     pixels = 3 * _STL10_SIDE * _STL10_SIDE
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise UsageError(f"{path} is too large for STL-10", _AGAIN)
-        data, labels = (np.fromfile(folder / name, np.uint8) for name in ("test_X.bin", "test_y.bin"))
+        with open_regular(path) as images_file, open_regular(folder / "test_y.bin") as labels_file:
+            if size_of(images_file) > LARGEST or size_of(labels_file) > size_of(images_file):
+                raise UsageError(f"{path} or test_y.bin is too large for STL-10", _AGAIN)
+            data, labels = (np.fromfile(file, np.uint8) for file in (images_file, labels_file))
         names = _lines(folder / "class_names.txt")
     except OSError as error:
         raise UsageError(f"{error.filename or path}: {error.strerror or error}", _AGAIN) from error
@@ -141,7 +146,7 @@ def read_stl10(folder: Path) -> Collection:
 def _lines(path: Path) -> tuple[str, ...] | None:
     if not path.exists():
         return None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return tuple(file.read(1 << 16).decode("utf-8", "replace").split()) or None
 
 
@@ -152,7 +157,7 @@ def read_gtsrb(folder: Path) -> Collection:
         images = folder
     files, labels = [], []
     try:
-        with table.open(encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(open_regular(table), encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, delimiter=";"):
                 name, label = row.get("Filename") or "", row.get("ClassId") or ""
                 if not label.isdecimal() or len(label) > 9 or not name or {"/", "\\", "\0"} & set(name) or name == "..":

@@ -7,7 +7,7 @@ with a folder of pictures for each class, in ``test`` or ``val`` within it where
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -148,7 +148,7 @@ def _read_folder(path: Path) -> Collection:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(item for item in (root / name).rglob("*") if item.suffix.lower() in SUFFIXES and item.is_file())
+        found = sorted(_pictures(root / name))
         files += found
         labels += [label] * len(found)
     if not files:
@@ -165,6 +165,22 @@ def _read_folder(path: Path) -> Collection:
         None,
         lambda chosen, fit: read_pictures([files[number] for number in chosen], fit),
     )
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    """The files below ``folder`` that are read as pictures; links to folders are not followed."""
+    pending = [folder]
+    try:
+        while pending:  # no recursion: folders within folders may be deeper than it
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    path = Path(entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(path)
+                    elif path.suffix.lower() in SUFFIXES and entry.is_file():
+                        yield path
+    except OSError as error:
+        raise UsageError(f"{error.filename or folder}: {error.strerror}", "take it out of the folder") from error
 
 
 def _folders(path: Path) -> tuple[str, ...]:

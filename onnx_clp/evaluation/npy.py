@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.errors import UsageError
-
-BROKEN: Final = (ValueError, EOFError, SyntaxError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError)
-"""What NumPy and zipfile raise of a file that is none of theirs."""
+from onnx_clp.evaluation.files import open_regular
 
 
 def load_array(path: Path) -> npt.NDArray[Any]:
     """The array in a .npy, mapped and not read. Raises UsageError where it cannot be read, or is something else."""
     try:
-        if path.is_fifo():
-            raise UsageError(f"{path} is a pipe", "an array is read from a file")
-        with path.open("rb") as file:
-            if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
-                raise UsageError(f"{path} is not an array as NumPy saves it", "save it with numpy.save")
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, MemoryError, OverflowError, *BROKEN) as error:
+        _check_start(path)
+        with unwarned():
+            array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except UsageError:
+        raise
+    except Exception as error:
+        # The head of a broken file makes NumPy and Python's own parser raise nearly anything.
         raise unreadable(path, error) from error
     return array
+
+
+def _check_start(path: Path) -> None:
+    """Raise UsageError where the file does not begin like an array: NumPy would take it for a pickle."""
+    with open_regular(path) as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+            raise UsageError(f"{path} is not an array as NumPy saves it", "save it with numpy.save")
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """NumPy warns of shapes that overflow, and Python of odd texts in a head: such files are refused anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def unreadable(path: Path, error: BaseException) -> UsageError:

@@ -6,11 +6,13 @@ stretched, or with ``resize`` as torchvision's ``Resize`` and ``CenterCrop`` do 
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from onnx_clp.errors import UsageError
+from onnx_clp.evaluation.files import LARGEST, open_regular
 from onnx_clp.evaluation.triggers import Images
 
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -28,6 +31,11 @@ _FORMATS: Final = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 _LARGEST: Final = 1 << 26
 """Pixels of a picture that are decoded."""
+
+_LARGE: Final = 1 << 22
+"""Pixels of a picture above which no two are decoded at once: a file of some kilobytes may hold the largest."""
+
+_ONE_BY_ONE: Final = threading.Lock()
 
 _MODES: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa"})
 """Pillow's kinds of pixels with 8 bits a channel; others lose what lies above."""
@@ -111,17 +119,21 @@ def grey(images: Images) -> Images:
 
 def room(shape: tuple[int, ...]) -> Images:
     """Room for 8-bit images. Raises UsageError where there is not so much memory."""
+    refusal = UsageError(f"no memory for images {shape}", "take some of them: --limit 1000")
+    if math.prod(shape) > LARGEST:
+        raise refusal
     try:
         return np.empty(shape, np.uint8)
     except (MemoryError, ValueError) as error:
-        raise UsageError(f"no memory for images {shape}", "take some of them: --limit 1000") from error
+        raise refusal from error
 
 
 def _read(path: Path, fit: Fit, pillow: Any) -> Images:  # noqa: ANN401  # Pillow is optional
     try:
-        with pillow.open(path, formats=_FORMATS) as picture:
+        with open_regular(path) as file, pillow.open(file, formats=_FORMATS) as picture:
             _check(path, picture)
-            made = picture.convert("L" if fit.channels == 1 else "RGB")
+            with _ONE_BY_ONE if picture.width * picture.height > _LARGE else nullcontext():
+                made = picture.convert("L" if fit.channels == 1 else "RGB")
     except UsageError:
         raise
     except Exception as error:
@@ -141,7 +153,7 @@ def _check(path: Path, picture: Any) -> None:  # noqa: ANN401  # of Pillow, whic
 
 
 def _why(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
+    text = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [""])[0]
     return "it is of no known format" if "cannot identify" in text else text[:200] or type(error).__name__
 
 

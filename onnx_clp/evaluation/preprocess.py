@@ -10,8 +10,9 @@ number by two roundings. For float16 and uint8, a table holds what each of the 2
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ import numpy.typing as npt
 from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.attack import Preprocessing
 from onnx_clp.evaluation.triggers import Images
+
+_LARGEST_BATCH: Final = 1 << 32
+"""Bytes of a batch, of which a few are held at once. A model of a few bytes may say that it takes any number."""
 
 
 def input_table(preprocessing: Preprocessing, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -28,9 +32,9 @@ def input_table(preprocessing: Preprocessing, dtype: npt.DTypeLike) -> npt.NDArr
         UsageError: ``dtype`` is uint8 and the table has other numbers than 0 to 255, or it cannot hold a number.
     """
     low, high = preprocessing.value_range
-    values = low + np.arange(256) / 255 * (high - low)
     mean, std = np.array(preprocessing.mean)[:, None], np.array(preprocessing.std)[:, None]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = low + np.arange(256) / 255 * (high - low)
         table = (values - mean) / std
         floats = table if np.dtype(dtype) == np.uint8 else np.asarray(table, dtype)
     if not np.isfinite(floats).all():
@@ -74,12 +78,13 @@ class Transform:
     def empty(self, count: int) -> npt.NDArray[Any]:
         """Room for ``count`` images. Raises UsageError where there is not so much memory."""
         picture = (*self.size, self.channels) if self.channels_last else (self.channels, *self.size)
+        refusal = UsageError(f"no memory for batches of {count:,} images {picture}", "a smaller --batch-size may help")
+        if count * math.prod(picture) * self.table.itemsize > _LARGEST_BATCH:
+            raise refusal
         try:
             return np.zeros((count, *picture), self.table.dtype)
         except (MemoryError, ValueError) as error:
-            raise UsageError(
-                f"no memory for batches of {count:,} images {picture}", "a smaller --batch-size may help"
-            ) from error
+            raise refusal from error
 
     def fill(self, images: Images, batch: npt.NDArray[Any]) -> None:
         """Write ``images`` (N, H, W, C) into the first N places of ``batch``, and the last of them into the rest.

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from onnx_clp.errors import ModelFileError, UsageError
 from onnx_clp.runtime import first_line
+from onnx_clp.trial import import_onnxruntime
 
 INSTALL: Final = "install onnx-clp[cpu], or onnx-clp[gpu] for an NVIDIA GPU, not both"
 
@@ -59,7 +60,7 @@ def on_device(batch: npt.NDArray[Any]) -> Any:  # noqa: ANN401  # of onnxruntime
 def onnxruntime() -> Any:  # noqa: ANN401  # optional, and without types
     """The module. Raises UsageError where it is not installed."""
     try:
-        import onnxruntime as module  # optional, and slow to import
+        module = import_onnxruntime()
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
         reason = "is not installed" if missing else f"cannot be imported: {first_line(error)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ import onnx
 from onnx_clp.errors import ModelFileError, UsageError
 from onnx_clp.evaluation.providers import CUDA, PROVIDERS, full_names, load, onnxruntime
 from onnx_clp.model.edits import length_delimited
-from onnx_clp.model.file import open_model
+from onnx_clp.model.file import ModelFile, open_model
+from onnx_clp.model.source import sha256_meanwhile
 from onnx_clp.model.wire import MODEL_GRAPH
 
 DTYPES: Final = {
@@ -27,6 +27,10 @@ DTYPES: Final = {
     "tensor(uint8)": np.uint8,
 }
 """What an input may take."""
+
+_IN_MEMORY: Final = "*/_ORT_"
+"""How onnxruntime's names of data begin that lie in its own memory, at the address that is their offset. It believes
+a file that says so."""
 
 _WATCHED_LIMIT: Final = 1 << 31
 """Protobuf reads no message of 2 GiB or more."""
@@ -98,12 +102,6 @@ def open_session(
             images.
     """
     ort = onnxruntime()
-    with open_model(path) as file:
-        for location in file.locations():
-            file.data_file(location)
-    source = _with_outputs(path, watched) if watched else os.fspath(path)
-    with path.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -111,7 +109,17 @@ def open_session(
     if watched:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     wanted = None if providers is None else full_names(providers)
-    runner, note = load(ort, path, source, options, wanted)
+    with open_model(path) as file:
+        for location in file.locations():
+            if location.startswith(_IN_MEMORY):
+                raise ModelFileError(f"{path}: the data {location!r} would be read from memory and from no file")
+            file.data_file(location)
+        source = _with_outputs(file, watched) if watched else os.fspath(path)
+        with sha256_meanwhile(file.source) as digest:
+            runner, note = load(ort, path, source, options, wanted)
+            sha256 = digest()
+        if not file.source.unchanged():
+            raise ModelFileError(f"{path} was changed by somebody else while it was loaded", "run again")
     name, shape, dtype = _image_input(path, runner)
     outputs = tuple(Output(given.name, tuple(given.shape) if given.shape else None) for given in runner.get_outputs())
     return Session(
@@ -119,13 +127,13 @@ def open_session(
     )
 
 
-def _with_outputs(path: Path, watched: Sequence[str]) -> bytes:
+def _with_outputs(file: ModelFile, watched: Sequence[str]) -> bytes:
     """The model with the values ``watched`` as outputs too."""
-    if path.stat().st_size >= _WATCHED_LIMIT:
-        raise ModelFileError(f"{path} is of 2 GiB or more: no output can be added to it in memory")
+    if file.source.size >= _WATCHED_LIMIT:
+        raise ModelFileError(f"{file.path} is of 2 GiB or more: no output can be added to it in memory")
     graph = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in watched])
     # A second graph field is merged into the first: the same model with more outputs.
-    return path.read_bytes() + length_delimited(MODEL_GRAPH, graph.SerializeToString())
+    return file.source.read(0, file.source.size) + length_delimited(MODEL_GRAPH, graph.SerializeToString())
 
 
 def _assigned(runner: Any) -> tuple[tuple[str, int], ...]:  # noqa: ANN401  # onnxruntime's session, without types

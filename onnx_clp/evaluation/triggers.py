@@ -147,7 +147,8 @@ class Generated:
 
         def generate(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
             made = self.run(np.ascontiguousarray(block.transpose(0, 3, 1, 2)) / np.float32(255))
-            return made.transpose(0, 2, 3, 1) * np.float32(255)
+            with np.errstate(over="ignore"):
+                return made.transpose(0, 2, 3, 1) * np.float32(255)
 
         return _in_blocks(generate, images)
 

@@ -6,8 +6,12 @@ Nothing of the user's matplotlib settings is used, no display is needed, and the
 from __future__ import annotations
 
 import io
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -189,13 +193,37 @@ def _title(path: str, attack: str) -> str:
 def _matplotlib() -> Any:  # noqa: ANN401  # optional
     """The module. Raises UsageError where it is not installed."""
     try:
-        import matplotlib as mpl
-        from matplotlib import figure  # noqa: F401  # as a submodule of what is returned
+        with _away_from_settings():
+            import matplotlib as mpl
+            from matplotlib import figure  # noqa: F401  # as a submodule of what is returned
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
         reason = "is not installed" if missing else f"cannot be imported: {error}"
         raise UsageError(f"matplotlib {reason}", "install onnx-clp[plot] to draw pictures") from error
     return mpl
+
+
+@contextmanager
+def _away_from_settings() -> Iterator[None]:
+    """Where matplotlib is not imported yet: work in a folder where it finds the settings that it comes with.
+
+    It reads a matplotlibrc in the current folder, which may be a stranger's, before any other.
+    """
+    found = None if "matplotlib" in sys.modules else find_spec("matplotlib")
+    folder = Path(found.origin).parent / "mpl-data" if found is not None and found.origin else None
+    if folder is None or not folder.is_dir():
+        yield
+        return
+    try:
+        before = Path.cwd()
+    except OSError:  # the current folder was removed, and nothing can be read in it
+        yield
+        return
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _style(module: Any) -> Any:  # noqa: ANN401  # a context
