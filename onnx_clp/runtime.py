@@ -123,7 +123,7 @@ def examine(
     job = {"address_space": room, "seconds": limits.seconds, "path": _import_path(folders)}
     steps = {"load": str(model), "original": str(original), "observed": [asdict(part) for part in observed]}
     try:
-        with tempfile.NamedTemporaryFile(dir=model.parent, prefix="probe-", suffix=".onnx", buffering=0) as probe:
+        with tempfile.NamedTemporaryFile(dir=model.parent, prefix="probe-", suffix=".part", buffering=0) as probe:
             unwritten = _write_probe(model, observed, probe) if observed else ""
             run = probe.name if observed and not unwritten else ""
             answers = _answers({**job, **steps, "run": run, "shapes": dict(input_shapes)}, model.parent, limits)

@@ -153,7 +153,7 @@ def _check_runtime(
         yield Check("onnxruntime-load", passed=None, detail="onnxruntime is not installed")
         return
     observed = list(_observed(analysis, done))
-    size = sum(path.stat().st_size for _, _, path in rewrite.files)
+    size = sum(copy.path.stat().st_size for copy in rewrite.files)
     limits = analysis.file.meter.limits
     trial = runtime.examine(rewrite.model, analysis.file.path, observed, input_shapes, size, limits)
     yield _load_check(trial)

@@ -28,10 +28,6 @@ DTYPES: Final = {
 }
 """What an input may take."""
 
-_IN_MEMORY: Final = "*/_ORT_"
-"""How onnxruntime's names of data begin that lie in its own memory, at the address that is their offset. It believes
-a file that says so."""
-
 _WATCHED_LIMIT: Final = 1 << 31
 """Protobuf reads no message of 2 GiB or more."""
 
@@ -111,8 +107,6 @@ def open_session(
     wanted = None if providers is None else full_names(providers)
     with open_model(path) as file:
         for location in file.locations():
-            if location.startswith(_IN_MEMORY):
-                raise ModelFileError(f"{path}: the data {location!r} would be read from memory and from no file")
             file.data_file(location)
         source = _with_outputs(file, watched) if watched else os.fspath(path)
         with sha256_meanwhile(file.source) as digest:

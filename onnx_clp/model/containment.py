@@ -26,6 +26,9 @@ from typing import Final
 LOCATION_LIMIT: Final = 4095
 """Characters of a location: Linux takes no path of 4,096 bytes."""
 
+MEMORY_ADDRESS: Final = "*/_ORT_"
+"""How onnxruntime names data that lies in its memory, at the offset; 1.32 believes it of a file too."""
+
 LINK_LIMIT: Final = 40
 """Links on the way to one file, as many as Linux follows."""
 
@@ -109,6 +112,8 @@ def check_spelling(location: str) -> None:
         raise Refused("has a name that is not UTF-8")
     if len(location) > LOCATION_LIMIT:
         raise Refused(f"has a name of more than {LOCATION_LIMIT:,} characters")
+    if location.startswith(MEMORY_ADDRESS):
+        raise Refused("has a name that makes onnxruntime read its own memory")
     if location.startswith("/"):
         raise Refused("has an absolute path, which onnxruntime does not read", "make it relative to the model's folder")
 

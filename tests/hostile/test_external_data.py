@@ -1017,3 +1017,17 @@ def test_a_folder_too_deep_to_be_named_is_an_error(folder: Path, capsys: Capture
     assert code == ERROR
     assert [text == "ok" for text in found.values()].count(True) == 1
     assert [text for text in found.values() if text.endswith("cannot be read: File name too long")]
+
+
+@pytest.mark.parametrize("location", ["*/_ORT_MEM_ADDR_/*", "*/_ORT_NATIVE_ENDIAN_MEM_ADDR_/*"])
+def test_data_in_the_memory_of_onnxruntime(location: str, folder: Path) -> None:
+    """Not compared: where a file has that name, onnxruntime 1.32 reads at the offset in its memory, and crashes."""
+    model = named(location, folder / "model.onnx")
+    (folder / location).parent.mkdir(parents=True)
+    (folder / location).write_bytes(KERNEL.tobytes())
+    refusal = judged_weight(model)
+    assert isinstance(refusal, str)
+    assert "makes onnxruntime read its own memory" in refusal
+    with pytest.raises(OnnxClpError, match="makes onnxruntime read its own memory"):
+        sanitize(model, folder / "out.onnx")
+    assert not (folder / "out.onnx").exists()
