@@ -164,7 +164,7 @@ class _Builder:
         scope = _Scope(f"{name}/", opsets, call={**defaults, **attributes}, chain=chain)
         for position, formal in enumerate(function.input):
             given = inputs[position] if position < len(inputs) else MISSING
-            scope.values[formal] = given if given != MISSING else self.value(formal)
+            scope.values[formal] = given if given != MISSING else self.value(_text(formal))
         self.body(function.node, scope)
         for formal, target in zip(function.output, outputs, strict=False):
             if target != MISSING:
@@ -269,7 +269,9 @@ def build_graph(file: ModelFile) -> Graph:
     try:
         return _build(file)
     except _NotTextError as error:
-        raise ModelFileError(f"{file.path} has a name that is not UTF-8: {error.args[0]!r}", "it is corrupt") from error
+        raise ModelFileError(
+            f"{file.path} has a name that is not UTF-8: {error.args[0]!r}", "export it again"
+        ) from error
 
 
 def _build(file: ModelFile) -> Graph:

@@ -160,13 +160,18 @@ def _read_place(source: ByteSource, where: Place, tensor: Stored) -> Array:
 
 def complete(file: ModelFile, proto: onnx.TensorProto) -> onnx.TensorProto:
     """``proto`` of the skeleton with its elements as the file spells them; of both spellings only ``raw_data``."""
-    whole = onnx.TensorProto(dims=proto.dims, data_type=proto.data_type, name=proto.name)
+    whole = onnx.TensorProto(dims=proto.dims, data_type=proto.data_type, name=_text(proto.name))
     payload = file.payload(proto)
     if payload is not None and payload.raw is not None:
         whole.raw_data = file.source.read(payload.raw.start, len(payload.raw))
     elif payload is not None:
         whole.MergeFromString(b"".join(file.source.read(span.start, len(span)) for _, span in payload.typed))
     return whole
+
+
+def _text(name: str | bytes) -> str:
+    """A name that protobuf takes: one that is not UTF-8 it gives as bytes, and refuses."""
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
 
 
 def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Array:
