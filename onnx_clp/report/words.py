@@ -47,10 +47,10 @@ def printable(name: str, limit: int = NAME_LIMIT) -> str:
 
 def _pieces(name: str) -> Iterator[str]:
     """Each character of ``name``, or its escape."""
-    marks = MARKS_LIMIT  # a mark at the start would lie on what the report says before the name
+    marks = MARKS_LIMIT  # a mark at the start would lie on what stands before the name
     for char in name:
         if char.isascii() and char.isprintable():
-            marks = 0
+            marks = MARKS_LIMIT if char == " " else 0
             yield char
             continue
         is_mark = unicodedata.category(char).startswith("M")
