@@ -200,6 +200,5 @@ def number_value(value: float) -> float | str:
 def document(content: dict[str, Any]) -> str:
     """A report as a JSON document: what it holds, after what wrote it."""
     head = {"format": "onnx-clp", "format_version": FORMAT_VERSION, "tool_version": __version__}
-    # ASCII only: names from the scanned file may hold lone surrogates and terminal escapes. DEL is ASCII.
-    text = json.dumps({**head, **content}, indent=2, allow_nan=False, ensure_ascii=True)
-    return text.replace("\x7f", "\\u007f") + "\n"
+    # ASCII only: names from the scanned file may hold lone surrogates and terminal escapes.
+    return json.dumps({**head, **content}, indent=2, allow_nan=False, ensure_ascii=True) + "\n"
