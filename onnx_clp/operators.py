@@ -127,6 +127,9 @@ def kernel(node: Node, constants: Constants) -> Array:
         positions = math.prod(weight.shape[2:])
         by_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], positions)
         return by_group.transpose(0, 2, 1, 3).reshape(-1, weight.shape[0] // groups, positions)
-    matrix = weight.T if kind is KernelLayout.MATRIX else weight
-    alpha = np.float32(node.number("alpha", 1.0)) if node.op_type == "Gemm" else 1
-    return (matrix * alpha if alpha != 1 else matrix)[:, :, np.newaxis]
+    return (weight.T if kind is KernelLayout.MATRIX else weight)[:, :, np.newaxis]
+
+
+def gain(node: Node) -> float:
+    """What ``node`` multiplies the outcome of its kernel by, without sign."""
+    return abs(node.number("alpha", 1.0)) if node.op_type == "Gemm" else 1.0

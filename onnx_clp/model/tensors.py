@@ -73,12 +73,12 @@ def stored(proto: onnx.TensorProto | onnx.SparseTensorProto) -> Stored:
         raise PayloadError(f"tensor {values.name!r} declares {math.prod(shape):,} elements")
     if values.data_type in {TensorProto.UNDEFINED, TensorProto.STRING} or values.data_type not in _KNOWN_TYPES:
         raise PayloadError(
-            f"tensor {values.name!r} has element type {values.data_type}, which holds no numbers known here"
+            f"tensor {values.name!r} has element type {values.data_type}, which holds no real numbers known here"
         )
     return Stored(values.name, shape, values.data_type, proto)
 
 
-_KNOWN_TYPES: Final = frozenset(TensorProto.DataType.values())
+_KNOWN_TYPES: Final = frozenset(TensorProto.DataType.values()) - {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
 _PACKED: Final = frozenset(
     code for name, code in TensorProto.DataType.items() if name in {"INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"}
 )
