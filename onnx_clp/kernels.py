@@ -1,10 +1,12 @@
 """Survey → bounds: read the kernels one after the other and evaluate the trace's sources in one sweep.
 
-A kernel is in memory only while its own channels are measured.
+A kernel is in memory only while its own channels are measured. A channel whose bias or statistics hold NaN or Inf has
+the bound NaN: it gives no numbers, whatever its kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +16,8 @@ from onnx_clp.bounds import spectral_norms
 from onnx_clp.errors import PayloadError
 from onnx_clp.flow import Joined, Normalised, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import Constants
-from onnx_clp.model.graph import Node
-from onnx_clp.operators import kernel
+from onnx_clp.model.graph import MISSING, Node
+from onnx_clp.operators import gain, kernel, linear
 from onnx_clp.sites import Reason, Site, Skipped, Survey
 
 Bounds = npt.NDArray[np.float64]
@@ -48,7 +50,11 @@ def measure(survey: Survey, trace: Trace, constants: Constants) -> tuple[tuple[M
             detail = f"{result.size} bounds for {site.channels} channels"
             unreadable.append(Skipped(site.node.name, site.node.op_type, Reason.SHAPE, detail))
         else:
-            measured.append(Measured(site, result))
+            added = [(knob.value, knob.axis) for knob in site.knobs[1:]]
+            try:
+                measured.append(Measured(site, _where_finite(result, added, constants)))
+            except PayloadError as error:
+                unreadable.append(Skipped(site.node.name, site.node.op_type, Reason(error.reason), error.message))
     return tuple(measured), tuple(unreadable)
 
 
@@ -77,18 +83,50 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
             raise result
         return result
 
-    if isinstance(part, Produced):
-        return spectral_norms(kernel(part.node, constants))
     with np.errstate(all="ignore"):  # Inf and NaN are findings, not warnings
+        if isinstance(part, Produced):
+            bounds = spectral_norms(kernel(part.node, constants)) * gain(part.node)
+            description = linear(part.node)
+            bias = MISSING if description is None or description.bias == MISSING else part.node.input(description.bias)
+            return _where_finite(bounds, [(bias, -1)], constants)
         if isinstance(part, Normalised):
-            return of(part.source) * normalisation_factors(part.node, constants)
+            bounds = of(part.source) * normalisation_factors(part.node, constants)
+            return _where_finite(bounds, [(value, -1) for value in part.node.inputs[2:5]], constants)
         if isinstance(part, Scaled):
             return of(part.source) * _factors(part, constants)
         if isinstance(part, Summed):
-            return np.asarray(np.sqrt(np.sum([np.square(of(index)) for index in part.sources], axis=0)))
+            return _root_of_squares([of(index) for index in part.sources])
         if isinstance(part, Joined):
             return np.concatenate([of(index) for index in part.sources])
         return of(part.source)[part.indices]
+
+
+def _root_of_squares(terms: Sequence[Bounds]) -> Bounds:
+    """√Σ b² of each channel, by itself scaled by a power of two: no square over- or underflows."""
+    largest = np.max(terms, axis=0)
+    # The exponent that frexp gives for NaN and Inf is unspecified.
+    exponent = np.frexp(np.where(np.isfinite(largest), largest, 1.0))[1]
+    squares = [np.square(np.ldexp(term, -exponent)) for term in terms]
+    return np.asarray(np.ldexp(np.sqrt(np.sum(squares, axis=0)), exponent))
+
+
+def _where_finite(bounds: Bounds, added: Sequence[tuple[int, int]], constants: Constants) -> Bounds:
+    """``bounds``, and NaN where a constant that is added, or a statistic, is not finite in a channel.
+
+    ``added`` are the values of such constants and the axis of the channels in each, from its end. One that is no
+    constant says nothing.
+    """
+    for value, axis in added:
+        if value == MISSING or constants.get(value) is None:
+            continue
+        finite = np.isfinite(constants.array(value).astype(np.float64))
+        if finite.all() or -axis > finite.ndim:
+            continue
+        others = tuple(position for position in range(finite.ndim) if position != finite.ndim + axis)
+        each = finite.all(axis=others)
+        if each.size in {1, bounds.size}:
+            bounds = np.where(each, bounds, np.nan)
+    return bounds
 
 
 def _factors(part: Scaled, constants: Constants) -> Bounds:

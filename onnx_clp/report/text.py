@@ -25,7 +25,7 @@ _EXPLAINED: Final = frozenset({"unreadable", "no-data"})
 _STATUS_WORDS: Final = {
     "too-few-channels": "too few channels to judge",
     "zero-spread": "all bounds equal",
-    "dead": "every channel is dead",
+    "dead": "no bound above 0",
 }
 
 
