@@ -8,13 +8,16 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from onnx_clp.defaults import DEFAULT_U
 from onnx_clp.errors import OnnxClpError, UsageError
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
+
+LONGEST_NUMBER: Final = 20
+"""Digits; Python itself reads numbers of up to 4,300."""
 
 
 def share(_: click.Context, __: click.Parameter, value: str) -> float:
