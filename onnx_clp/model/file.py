@@ -18,9 +18,6 @@ from onnx_clp.model.edits import Message, Span
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
 
-SKELETON_LIMIT: Final = 1 << 31
-"""Protobuf reads no message of 2 GiB or more."""
-
 _FOREIGN: Final = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the model itself with `git lfs pull`"),
     (
@@ -152,16 +149,9 @@ def open_source(source: ByteSource, allow_roots: Sequence[Path] = (), limits: Li
     """The ONNX model in the open ``source``, which closing the model closes; otherwise as ``open_model``."""
     meter = Meter(limits)
     meter.grant(source.size)
-    skeleton, layout = _walk_model(source)
-    return ModelFile(source.path, source, _parse(source.path, skeleton), layout, meter, tuple(allow_roots))
-
-
-def _walk_model(source: ByteSource) -> tuple[bytes, Layout]:
     _refuse_foreign(source.path, source.read(0, min(64, source.size)))
     skeleton, layout = walk(source)
-    if len(skeleton) >= SKELETON_LIMIT:
-        raise ModelFileError(f"{source.path} holds 2 GiB or more besides its weights, which protobuf cannot read")
-    return skeleton, layout
+    return ModelFile(source.path, source, _parse(source.path, skeleton), layout, meter, tuple(allow_roots))
 
 
 def _parse(path: Path, skeleton: bytes) -> onnx.ModelProto:

@@ -25,6 +25,9 @@ from onnx_clp.model.source import ByteSource
 DEPTH_LIMIT: Final = 100
 """Protobuf's own limit on nested messages; onnx and onnxruntime refuse what lies deeper."""
 
+SKELETON_LIMIT: Final = 1 << 31
+"""Protobuf reads no message of 2 GiB or more."""
+
 VARINT, FIXED64, START_GROUP, END_GROUP, FIXED32 = 0, 1, 3, 4, 5
 
 # onnx.proto's field numbers, as far as the walk has to know them.
@@ -123,6 +126,7 @@ class _Walk:
         self.source = source
         self.base = 0
         self.buffer = b""
+        self.kept = 0
         self.payloads: list[Payload] = []
         self.nodes: list[NodeLayout | None] = []
         self.metadata: list[Span] = []
@@ -151,7 +155,12 @@ class _Walk:
         raise self.corrupt(position, "a varint that does not end")
 
     def copy(self, start: int, end: int) -> bytes:
-        """The bytes ``start`` to ``end``, from the window where it holds them."""
+        """The bytes ``start`` to ``end`` for the skeleton, from the window where it holds them."""
+        self.kept += end - start
+        if self.kept >= SKELETON_LIMIT:  # known before it is read: a hole of many GiB takes no room on the disk
+            raise ModelFileError(
+                f"{self.source.path} holds 2 GiB or more besides its weights, which protobuf cannot read"
+            )
         index = start - self.base
         if index >= 0 and index + end - start <= len(self.buffer):
             return self.buffer[index : index + end - start]
