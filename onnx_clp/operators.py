@@ -86,6 +86,9 @@ def layout(node: Node) -> KernelLayout:
 def channel_count(node: Node, shape: tuple[int, ...]) -> int:
     """How many channels ``node`` makes with a weight of ``shape``. Raises PayloadError where they do not fit."""
     kind = layout(node)
+    if 0 in shape:
+        # Any number of channels of no elements takes no byte in the file.
+        raise PayloadError(f"weight of shape {shape} has no elements", "shape")
     groups = node.integer("group", 1)
     if kind in {KernelLayout.MATRIX, KernelLayout.TRANSPOSED_MATRIX}:
         if len(shape) != 2:

@@ -14,9 +14,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_clp.errors import ModelFileError, PayloadError
+from onnx_clp.errors import ModelFileError, OnnxClpError, PayloadError
 from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA
@@ -25,6 +26,10 @@ Array = npt.NDArray[Any]
 
 ELEMENT_LIMIT: Final = 1 << 40
 """Elements that a tensor may declare; more cannot be addressed by what follows, and no file holds so many."""
+
+
+AXES_LIMIT: Final = 32
+"""Dimensions that a tensor may have: as many as an array of NumPy 1.26, and more than any operator gives a meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,11 @@ def stored(proto: onnx.TensorProto | onnx.SparseTensorProto) -> Stored:
     shape = tuple(proto.dims)
     if any(dimension < 0 for dimension in shape):
         raise PayloadError(f"tensor {values.name!r} has a negative dimension")
-    if math.prod(shape) > ELEMENT_LIMIT:
-        raise PayloadError(f"tensor {values.name!r} declares {math.prod(shape):,} elements")
+    if len(shape) > AXES_LIMIT:
+        raise PayloadError(f"tensor {values.name!r} has {len(shape):,} dimensions, more than {AXES_LIMIT}")
+    # NumPy can say no shape with such sizes, whether or not one of them is 0.
+    if math.prod(filter(None, shape)) > ELEMENT_LIMIT:
+        raise PayloadError(f"tensor {values.name!r} declares a shape of {math.prod(filter(None, shape)):,} elements")
     if values.data_type in {TensorProto.UNDEFINED, TensorProto.STRING} or values.data_type not in _KNOWN_TYPES:
         raise PayloadError(
             f"tensor {values.name!r} has element type {values.data_type}, which holds no real numbers known here"
@@ -159,13 +167,19 @@ def _read_place(source: ByteSource, where: Place, tensor: Stored) -> Array:
 
 
 def complete(file: ModelFile, proto: onnx.TensorProto) -> onnx.TensorProto:
-    """``proto`` of the skeleton with its elements as the file spells them; of both spellings only ``raw_data``."""
+    """``proto`` of the skeleton with its elements as the file spells them; of both spellings only ``raw_data``.
+
+    Raises PayloadError where protobuf does not read them.
+    """
     whole = onnx.TensorProto(dims=proto.dims, data_type=proto.data_type, name=_text(proto.name))
     payload = file.payload(proto)
     if payload is not None and payload.raw is not None:
         whole.raw_data = file.source.read(payload.raw.start, len(payload.raw))
     elif payload is not None:
-        whole.MergeFromString(b"".join(file.source.read(span.start, len(span)) for _, span in payload.typed))
+        try:
+            whole.MergeFromString(b"".join(file.source.read(span.start, len(span)) for _, span in payload.typed))
+        except DecodeError as error:
+            raise PayloadError(f"tensor {proto.name!r} cannot be read: its elements are no numbers") from error
     return whole
 
 
@@ -178,7 +192,7 @@ def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Arr
     """Through onnx, which knows how each type is spelled in which field."""
     try:
         return numpy_helper.to_array(complete(file, proto))
-    except ModelFileError:
+    except OnnxClpError:
         raise
     except Exception as error:
         raise PayloadError(f"tensor {tensor.name!r} cannot be read: {type(error).__name__}") from error
