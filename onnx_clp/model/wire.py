@@ -36,7 +36,17 @@ GRAPH_NODE = 1
 NODE_INPUT, NODE_ATTRIBUTE, NODE_DOC = 1, 5, 6
 FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA = 4, 5, 7, 9, 10, 11
 EXTERNAL_DATA: Final = 13
-PAYLOAD_FIELDS: Final = frozenset({FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA})
+PAYLOAD_FIELDS: Final = MappingProxyType(
+    {
+        RAW_DATA: frozenset({LENGTH}),
+        FLOAT_DATA: frozenset({LENGTH, FIXED32}),
+        DOUBLE_DATA: frozenset({LENGTH, FIXED64}),
+        INT32_DATA: frozenset({LENGTH, VARINT}),
+        INT64_DATA: frozenset({LENGTH, VARINT}),
+        UINT64_DATA: frozenset({LENGTH, VARINT}),
+    }
+)
+"""The wire types of each field that holds elements: packed, or one by one. Protobuf takes no other for elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +300,7 @@ class _Walk:
         for number, wire, tag_start, start, end in self.fields(body.start, body.end):
             if number == EXTERNAL_DATA and wire == LENGTH:
                 payload.external.append((Span(tag_start, end), enclosing))
-            if number not in PAYLOAD_FIELDS or (number == RAW_DATA and wire != LENGTH):
+            if wire not in PAYLOAD_FIELDS.get(number, ()):
                 continue
             pieces.append(self.copy(kept, tag_start))
             kept = end
