@@ -278,6 +278,14 @@ def spelled_out(position: str, value: float) -> onnx.ModelProto:
     return net.case("spelled").model
 
 
+def with_beta_before_another(value: float) -> onnx.ModelProto:
+    net, first = Net(), norm()
+    first.beta[9] = value
+    x = net.bn(net.conv(net.feed(1, 3, 8, 8), kernel()), first, name="first")
+    net.tail(net.bn(x, norm(), name="second"), CHANNELS)
+    return net.case("two").model
+
+
 def quantised(scales: Array, zero: int = 0) -> onnx.ModelProto:
     """DequantizeLinear of an int8 kernel with a scale a channel, and a Conv."""
     net = Net()
@@ -312,6 +320,7 @@ PLACES: dict[str, Callable[[float], onnx.ModelProto]] = {
     "a bias": with_bias,
     "γ": lambda value: with_statistic("gamma", value),
     "β": lambda value: with_statistic("beta", value),
+    "β of a BN before another": with_beta_before_another,
     "a mean": lambda value: with_statistic("mean", value),
     "a variance": lambda value: with_statistic("variance", value),
     "the bias of the Conv before a BN": with_conv_bias_before_bn,
@@ -458,7 +467,33 @@ def test_no_gain_anywhere_is_no_clean_layer(tmp_path: Path, capsys: Capture) -> 
     assert "not the same as clean" in capsys.readouterr().out
 
 
-# ---- sums of layers
+# ---- products beyond float64, sums of layers
+
+
+def test_a_product_beyond_float64_is_a_finding_and_not_a_warning() -> None:
+    """σ = 1e300 times a factor of 1e20; and nothing times Inf."""
+    W, made = kernel(np.float64, 1e290), norm(np.float64)
+    W[7], made.gamma[7] = 0, math.inf
+    made.gamma[9] = 1e20
+    (found,) = scanned(layer(W, normalised=made)).layers
+    assert found.non_finite == (7, 9)
+    assert [channel.index for channel in found.flagged] == [LOUD]
+
+
+@broken
+def test_a_scale_of_a_quantised_convolution_that_is_not_finite_is_a_finding(value: float) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(build("qlinear_conv_per_axis").model)
+    names = {node.input[4] for node in model.graph.node if node.op_type == "QLinearConv"}
+    for tensor in model.graph.initializer:
+        if tensor.name in names and tensor.dims:
+            for number, broken_scale in ((7, value), (9, 3e38)):
+                scales = numpy_helper.to_array(tensor).copy()
+                scales[number] = broken_scale
+                tensor.CopyFrom(numpy_helper.from_array(scales, tensor.name))
+    report = scanned(model)
+    assert report.layers
+    assert all({7, 9} == set(part.non_finite) for part in report.layers)
 
 
 @pytest.mark.parametrize("scale", [1e-250, 1e-160, 1.0, 1e160, 1e250])
