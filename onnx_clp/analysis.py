@@ -254,7 +254,7 @@ def _data_files(file: ModelFile) -> tuple[str, ...]:
 
 def _layer(part: Measured, judgement: Judgement) -> Layer:
     site, bounds = part.site, tuple(part.bounds.tolist())
-    flagged = [Channel(k, bounds[k], (bounds[k] - judgement.mean) / judgement.std) for k in judgement.flagged]
+    flagged = [Channel(k, bounds[k], z) for k, z in zip(judgement.flagged, judgement.scores, strict=True)]
     return Layer(
         name=site.node.name,
         kind=site.kind,

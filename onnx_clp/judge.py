@@ -45,6 +45,7 @@ class Judgement:
         std: Their standard deviation (n−1); NaN where fewer than two count.
         threshold: mean + u·std; NaN where the status is not JUDGED or ZERO_SPREAD.
         flagged: Channels above the threshold, ascending.
+        scores: Of each flagged channel (bound − mean)/std.
         dead: Channels with a bound of exactly 0, ascending.
         non_finite: Channels whose bound is NaN or infinite, ascending.
     """
@@ -56,6 +57,7 @@ class Judgement:
     flagged: tuple[int, ...]
     dead: tuple[int, ...]
     non_finite: tuple[int, ...]
+    scores: tuple[float, ...] = ()
 
 
 def largest_possible_z(channels: int) -> float:
@@ -76,24 +78,33 @@ def judge(bounds: npt.NDArray[np.float64], u: float = DEFAULT_U, *, count_dead: 
     counted = bounds[finite if count_dead else alive]
     dead = _indices(finite & (bounds == 0))
     non_finite = _indices(~finite)
-    # Scaled by the largest: squares of bounds near the ends of float64 neither overflow nor vanish.
-    scale = float(counted.max()) if counted.size and counted.max() > 0 else 1.0
-    with np.errstate(all="ignore"):  # some releases of NumPy warn of denormals
-        relative = counted / scale
-    mean = float(np.mean(relative)) * scale if counted.size else math.nan
-    std = float(np.std(relative, ddof=1)) * scale if counted.size > 1 else math.nan
+    # Judged as shares of the largest: squares of bounds near the ends of float64 neither overflow nor vanish, and mean
+    # and std are not rounded to the few numbers that float64 has near 0.
+    largest, exponent = math.frexp(float(counted.max())) if counted.size and counted.max() > 0 else (1.0, 0)
+    relative = _scaled(bounds, -exponent) / largest
+    shares = relative[finite if count_dead else alive]
+    mean = float(np.mean(shares)) if shares.size else math.nan
+    std = float(np.std(shares, ddof=1)) if shares.size > 1 else math.nan
 
     def result(status: Status, threshold: float = math.nan, flagged: tuple[int, ...] = ()) -> Judgement:
-        return Judgement(status, mean, std, threshold, flagged, dead, non_finite)
+        told = [float(_scaled(np.float64(share) * largest, exponent)) for share in (mean, std, threshold)]
+        scores = tuple((float(relative[k]) - mean) / std for k in flagged)
+        return Judgement(status, told[0], told[1], told[2], flagged, dead, non_finite, scores)
 
     if not alive.any():
         return result(Status.DEAD)
-    if largest_possible_z(counted.size) <= u:
+    if largest_possible_z(shares.size) <= u:
         return result(Status.TOO_FEW_CHANNELS)
     if std <= ROUNDING * mean:
         return result(Status.ZERO_SPREAD, mean)
     threshold = mean + u * std
-    return result(Status.JUDGED, threshold, _indices(finite & (bounds > threshold)))
+    return result(Status.JUDGED, threshold, _indices(finite & (relative > threshold)))
+
+
+def _scaled(numbers: npt.NDArray[np.float64] | np.float64, exponent: int) -> npt.NDArray[np.float64]:
+    """``numbers`` times 2^exponent."""
+    with np.errstate(all="ignore"):  # an infinite threshold is above every bound; some releases warn of denormals
+        return np.asarray(np.ldexp(numbers, exponent))
 
 
 def _indices(mask: npt.NDArray[np.bool_]) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
 """Survey → bounds: read the kernels one after the other and evaluate the trace's sources in one sweep.
 
-A kernel is in memory only while its own channels are measured.
+A kernel is in memory only while its own channels are measured. A channel whose bias or statistics hold NaN or Inf has
+the bound NaN: it gives no numbers, whatever its kernel.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,8 +19,8 @@ from onnx_clp.errors import PayloadError
 from onnx_clp.flow import Joined, Normalised, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.limits import Meter
 from onnx_clp.model.constants import Constants
-from onnx_clp.model.graph import Node
-from onnx_clp.operators import kernel
+from onnx_clp.model.graph import MISSING, Node
+from onnx_clp.operators import gain, kernel, linear
 from onnx_clp.sites import Reason, Site, Skipped, Survey
 
 Bounds = npt.NDArray[np.float64]
@@ -62,12 +64,12 @@ def measure(survey: Survey, trace: Trace, constants: Constants) -> tuple[tuple[M
             detail = f"{bounds.size} bounds for {site.channels} channels"
             unreadable.append(Skipped(site.node.name, site.node.op_type, Reason.SHAPE, detail))
         else:
+            added = [(knob.value, knob.axis) for knob in site.knobs[1:]]
             try:
                 constants.meter.hold(REPORTED * site.channels)
+                measured.append(Measured(site, _where_finite(bounds, added, constants)))
             except PayloadError as error:
                 unreadable.append(_unreadable(site, error))
-            else:
-                measured.append(Measured(site, bounds))
     return tuple(measured), tuple(unreadable)
 
 
@@ -100,11 +102,15 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
             raise result
         return result
 
-    if isinstance(part, Produced):
-        return _norms(part.node, constants)
     with np.errstate(all="ignore"):  # Inf and NaN are findings, not warnings
+        if isinstance(part, Produced):
+            bounds = _norms(part.node, constants)
+            description = linear(part.node)
+            bias = MISSING if description is None or description.bias == MISSING else part.node.input(description.bias)
+            return _where_finite(bounds, [(bias, -1)], constants)
         if isinstance(part, Normalised):
-            return of(part.source) * normalisation_factors(part.node, constants)
+            bounds = of(part.source) * normalisation_factors(part.node, constants)
+            return _where_finite(bounds, [(value, -1) for value in part.node.inputs[2:5]], constants)
         if isinstance(part, Scaled):
             return of(part.source) * _factors(part, constants)
         if isinstance(part, Summed):
@@ -113,39 +119,67 @@ def _evaluate(part: Source, results: dict[int, Bounds | PayloadError], constants
             pieces = [of(index) for index in part.sources]
             size = sum(piece.size for piece in pieces)
             constants.meter.touch(size)
-            constants.meter.fits(np.dtype(np.float64).itemsize * size)
+            constants.meter.fits(_FLOAT64 * size)
             return np.concatenate(pieces)
         constants.meter.touch(part.indices.size)
         return of(part.source)[part.indices]
 
 
 def _norms(node: Node, constants: Constants) -> Bounds:
-    """The spectral norms of the kernel of the linear operator ``node``."""
+    """The spectral norms of what the linear operator ``node`` multiplies by."""
     matrices = kernel(node, constants)
     channels, rows, columns = matrices.shape
     side = min(rows, columns)
     constants.meter.touch(matrices.size)
     constants.meter.work(channels * (rows * columns * side + (SQUARINGS * side**3 if side > 1 else 0)))
-    constants.meter.fits(_GRAM_ARRAYS * np.dtype(np.float64).itemsize * side**2)
-    return spectral_norms(matrices)
+    constants.meter.fits(_GRAM_ARRAYS * _FLOAT64 * side**2)
+    return spectral_norms(matrices) * gain(node)
 
 
 _GRAM_ARRAYS: Final = 6
 """Arrays of the size of one Gram matrix that are there at once."""
 
+_FLOAT64: Final = 8
+"""Bytes of a float64."""
 
-def _root_of_squares(terms: list[Bounds], meter: Meter) -> Bounds:
-    """√(Σ b²) of each channel, of terms of one shape."""
-    total = np.zeros_like(terms[0])
+
+def _root_of_squares(terms: Sequence[Bounds], meter: Meter) -> Bounds:
+    """√Σ b² of each channel, by itself scaled by a power of two: no square over- or underflows."""
+    meter.touch(3 * sum(term.size for term in terms))
+    largest = terms[0]
+    for term in terms[1:]:
+        largest = np.maximum(largest, term)
+    # The exponent that frexp gives for NaN and Inf is unspecified.
+    exponent = np.frexp(np.where(np.isfinite(largest), largest, 1.0))[1]
+    total = np.zeros_like(largest)
     for term in terms:
-        meter.touch(term.size)
-        total += np.square(term)
-    return np.asarray(np.sqrt(total))
+        total += np.square(np.ldexp(term, -exponent))
+    return np.asarray(np.ldexp(np.sqrt(total), exponent))
+
+
+def _where_finite(bounds: Bounds, added: Sequence[tuple[int, int]], constants: Constants) -> Bounds:
+    """``bounds``, and NaN where a constant that is added, or a statistic, is not finite in a channel.
+
+    ``added`` are the values of such constants and the axis of the channels in each, from its end. One that is no
+    constant says nothing.
+    """
+    for value, axis in added:
+        if value == MISSING or constants.get(value) is None:
+            continue
+        constants.meter.fits(2 * _FLOAT64 * math.prod(constants.shape(value) or ()))
+        finite = np.isfinite(constants.array(value).astype(np.float64))
+        if finite.all() or -axis > finite.ndim:
+            continue
+        others = tuple(position for position in range(finite.ndim) if position != finite.ndim + axis)
+        each = finite.all(axis=others)
+        if each.size in {1, bounds.size}:
+            bounds = np.where(each, bounds, np.nan)
+    return bounds
 
 
 def _factors(part: Scaled, constants: Constants) -> Bounds:
     """The largest |constant| of each channel, shape (channels,), or of all, shape ()."""
-    constants.meter.fits(np.dtype(np.float64).itemsize * math.prod(constants.shape(part.constant) or ()))
+    constants.meter.fits(_FLOAT64 * math.prod(constants.shape(part.constant) or ()))
     factor = np.abs(constants.array(part.constant).astype(np.float64))
     if part.divides:
         factor = 1 / factor

@@ -86,6 +86,9 @@ def layout(node: Node) -> KernelLayout:
 def channel_count(node: Node, shape: tuple[int, ...]) -> int:
     """How many channels ``node`` makes with a weight of ``shape``. Raises PayloadError where they do not fit."""
     kind = layout(node)
+    if 0 in shape:
+        # Any number of channels of no elements takes no byte in the file.
+        raise PayloadError(f"weight of shape {shape} has no elements", "shape")
     groups = node.integer("group", 1)
     if kind in {KernelLayout.MATRIX, KernelLayout.TRANSPOSED_MATRIX}:
         if len(shape) != 2:
@@ -129,6 +132,9 @@ def kernel(node: Node, constants: Constants) -> Array:
         positions = math.prod(weight.shape[2:])
         by_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], positions)
         return by_group.transpose(0, 2, 1, 3).reshape(-1, weight.shape[0] // groups, positions)
-    matrix = weight.T if kind is KernelLayout.MATRIX else weight
-    alpha = np.float32(node.number("alpha", 1.0)) if node.op_type == "Gemm" else 1
-    return (matrix * alpha if alpha != 1 else matrix)[:, :, np.newaxis]
+    return (weight.T if kind is KernelLayout.MATRIX else weight)[:, :, np.newaxis]
+
+
+def gain(node: Node) -> float:
+    """What ``node`` multiplies the outcome of its kernel by, without sign."""
+    return abs(node.number("alpha", 1.0)) if node.op_type == "Gemm" else 1.0

@@ -102,10 +102,10 @@ def _format_error(file: ModelFile) -> str:
             tensor.raw_data = bytes(8)
         if payload is not None and payload.raw is not None and payload.typed:
             tensor.int64_data.append(0)  # two spellings at once, which the checker refuses
-    for sparse in _sparse_tensors(model):
-        for part in (sparse.values, sparse.indices):
-            part.CopyFrom(complete(file, part))
     try:
+        for sparse in _sparse_tensors(model):
+            for part in (sparse.values, sparse.indices):
+                part.CopyFrom(complete(file, part))
         onnx.checker.check_model(model.SerializeToString())
     except Exception as error:  # noqa: BLE001  # ValidationError, or what the C++ side throws: all are its answer
         return runtime.first_line(error)

@@ -110,7 +110,9 @@ def test_mean_std_and_threshold_are_those_of_the_formula() -> None:
     assert found.mean == pytest.approx(2.5, rel=1e-15)  # a rounding or two of float64
     assert found.std == pytest.approx(math.sqrt(5 / 3), rel=1e-15)  # n − 1 = 3, not 4
     assert found.threshold == pytest.approx(2.5 + math.sqrt(5 / 3), rel=1e-15)
-    assert found == Judgement(Status.JUDGED, found.mean, found.std, found.threshold, (3,), (4,), (5,))
+    z = (4 - found.mean) / found.std
+    assert found == Judgement(Status.JUDGED, found.mean, found.std, found.threshold, (3,), (4,), (5,), found.scores)
+    assert list(found.scores) == pytest.approx([z], rel=1e-15)
 
 
 # ---- laws

@@ -13,7 +13,7 @@ import click
 
 from onnx_clp._version import __version__
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import abandon_stdout, complain
+from onnx_clp.cli.options import abandon_stdout, complain, show_usage
 from onnx_clp.errors import OnnxClpError, VerificationError
 
 _COMMANDS: Final = ("demo", "evaluate", "sanitize", "scan")
@@ -54,7 +54,7 @@ def invoke(arguments: list[str]) -> int:
     try:
         result: Any = cli.main(arguments, prog_name="onnx-clp", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        show_usage(error)
         return Exit.ERROR
     except click.Abort:
         click.echo("onnx-clp: interrupted", err=True)

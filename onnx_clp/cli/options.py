@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -16,6 +16,9 @@ from onnx_clp.cli.output import write_whole
 from onnx_clp.defaults import DEFAULT_U
 from onnx_clp.errors import OnnxClpError, UsageError
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
+
+LONGEST_NUMBER: Final = 20
+"""Digits; Python itself reads numbers of up to 4,300."""
 
 
 def share(_: click.Context, __: click.Parameter, value: str) -> float:
@@ -105,9 +108,18 @@ def complain(error: Exception, *, debug: bool) -> None:
     from onnx_clp.report.words import printable
 
     if debug:
-        traceback.print_exception(error)
+        for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
+            click.echo(printable(line, 2000), err=True)
     text = str(error) if isinstance(error, OnnxClpError) else f"{type(error).__name__}: {error}"
     click.echo(f"onnx-clp: {printable(text, 2000)}", err=True)
+
+
+def show_usage(error: click.ClickException) -> None:
+    """Say on stderr how the command is used. An argument may be a file's name that a shell has filled in."""
+    from onnx_clp.report.words import printable
+
+    error.message = printable(error.message, 2000)  # type: ignore[misc]  # a constant for its readers
+    error.show()
 
 
 def terminal_style(output: Path | None) -> Callable[[str, str], str]:

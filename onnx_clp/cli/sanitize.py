@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import common, deliver, protect, share, terminal_style
+from onnx_clp.cli.options import LONGEST_NUMBER, common, deliver, protect, share, terminal_style
 from onnx_clp.limits import Limits
 
 
@@ -17,10 +17,14 @@ def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     shapes = {}
     for value in values:
         name, _equals, sizes = value.rpartition("=")
-        if not name or not all(size.isdecimal() and int(size) for size in sizes.split(",")):
+        if not name or not all(map(_is_size, sizes.split(","))):
             raise click.BadParameter(f"{value!r}: give name=1,3,224,224")
         shapes[name] = tuple(int(size) for size in sizes.split(","))
     return shapes
+
+
+def _is_size(text: str) -> bool:
+    return text.isdecimal() and len(text) < LONGEST_NUMBER and int(text) > 0
 
 
 @click.command("sanitize", short_help="Write a copy of a model with its flagged channels silenced.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onnx_clp.cli.exits import Exit
-from onnx_clp.cli.options import common, complain, deliver, protect, share, terminal_style
+from onnx_clp.cli.options import LONGEST_NUMBER, common, complain, deliver, protect, share, terminal_style
 from onnx_clp.defaults import check_u
 from onnx_clp.errors import ModelFileError, OnnxClpError
 from onnx_clp.limits import Limits
@@ -30,7 +30,7 @@ def gate(context: click.Context, parameter: click.Parameter, value: str) -> floa
         number = share(context, parameter, value)
         if number > 0:
             return number
-    elif value.isdecimal() and int(value) > 0:
+    elif value.isdecimal() and len(value) < LONGEST_NUMBER and int(value) > 0:
         return int(value)
     raise click.BadParameter(f"{value!r}: give never, a number of channels such as 1, or a share such as 0.5%")
 

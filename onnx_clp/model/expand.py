@@ -277,7 +277,7 @@ class _Builder:
         for position, formal in enumerate(function.input):
             given = inputs[position] if position < len(inputs) else MISSING
             twice = formal in scope.values
-            scope.values[formal] = given if given != MISSING else self.value(formal)
+            scope.values[formal] = given if given != MISSING else self.value(_text(formal))
             if twice:
                 self.note_twice(formal, scope)
         self.body(function.node, scope)
@@ -374,7 +374,9 @@ def build_graph(file: ModelFile) -> Graph:
     try:
         return _build(file)
     except _NotTextError as error:
-        raise ModelFileError(f"{file.path} has a name that is not UTF-8: {error.args[0]!r}", "it is corrupt") from error
+        raise ModelFileError(
+            f"{file.path} has a name that is not UTF-8: {error.args[0]!r}", "export it again"
+        ) from error
 
 
 def _build(file: ModelFile) -> Graph:

@@ -31,9 +31,6 @@ from onnx_clp.model.edits import Message, Span
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
 
-SKELETON_LIMIT: Final = 1 << 31
-"""Protobuf reads no message of 2 GiB or more."""
-
 LOOK_WORK: Final = 1 << 16
 """What a look into a folder costs, in multiply-adds: some microseconds."""
 
@@ -213,16 +210,9 @@ def open_source(source: ByteSource, allow_roots: Sequence[Path] = (), limits: Li
     """The ONNX model in the open ``source``, which closing the model closes; otherwise as ``open_model``."""
     meter = Meter(limits)
     meter.grant(source.size)
-    skeleton, layout = _walk_model(source, limits.nodes)
-    return ModelFile(source.path, source, _parse(source.path, skeleton), layout, meter, tuple(allow_roots))
-
-
-def _walk_model(source: ByteSource, limit: int) -> tuple[bytes, Layout]:
     _refuse_foreign(source.path, source.read(0, min(64, source.size)))
-    skeleton, layout = walk(source, limit)
-    if len(skeleton) >= SKELETON_LIMIT:
-        raise ModelFileError(f"{source.path} holds 2 GiB or more besides its weights, which protobuf cannot read")
-    return skeleton, layout
+    skeleton, layout = walk(source, limits.nodes)
+    return ModelFile(source.path, source, _parse(source.path, skeleton), layout, meter, tuple(allow_roots))
 
 
 def _parse(path: Path, skeleton: bytes) -> onnx.ModelProto:

@@ -78,6 +78,8 @@ def _cast(node: Node, operands: Operands) -> Array:
     dtype = helper.tensor_dtype_to_np_dtype(node.integer("to", 1))
     if dtype.name.startswith(("float8", "float4")):
         raise PayloadError(f"is cast to {dtype}, whose rounding and saturation are not followed here")
+    if dtype.kind in "cO":
+        raise PayloadError(f"is cast to {dtype}, which no weight has")
     return data.astype(dtype)
 
 

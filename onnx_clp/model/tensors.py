@@ -15,9 +15,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_clp.errors import ModelFileError, PayloadError
+from onnx_clp.errors import ModelFileError, OnnxClpError, PayloadError
 from onnx_clp.limits import Meter
 from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
@@ -28,8 +29,9 @@ Array = npt.NDArray[Any]
 ELEMENT_LIMIT: Final = 1 << 40
 """Elements that a tensor may declare; more cannot be addressed by what follows, and no file holds so many."""
 
-RANK_LIMIT: Final = 32
-"""Dimensions that an array of every release of NumPy can have."""
+
+AXES_LIMIT: Final = 32
+"""Dimensions that a tensor may have: as many as an array of NumPy 1.26, and more than any operator gives a meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +74,21 @@ def stored(proto: onnx.TensorProto | onnx.SparseTensorProto) -> Stored:
     """Describe ``proto`` without reading its elements. Raises PayloadError where the shape or type makes no sense."""
     values = proto.values if isinstance(proto, onnx.SparseTensorProto) else proto
     shape = tuple(proto.dims)
-    if len(shape) > RANK_LIMIT:
-        raise PayloadError(f"tensor {values.name!r} has {len(shape)} dimensions")
+    if len(shape) > AXES_LIMIT:
+        raise PayloadError(f"tensor {values.name!r} has {len(shape):,} dimensions, more than {AXES_LIMIT}")
     if any(dimension < 0 for dimension in shape):
         raise PayloadError(f"tensor {values.name!r} has a negative dimension")
-    if math.prod(shape) > ELEMENT_LIMIT:
-        raise PayloadError(f"tensor {values.name!r} declares more elements than any file holds: {math.prod(shape):.0e}")
+    # NumPy can say no shape with such sizes, whether or not one of them is 0.
+    if math.prod(filter(None, shape)) > ELEMENT_LIMIT:
+        raise PayloadError(f"tensor {values.name!r} declares a shape of more than {ELEMENT_LIMIT:,} elements")
     if values.data_type in {TensorProto.UNDEFINED, TensorProto.STRING} or values.data_type not in _KNOWN_TYPES:
         raise PayloadError(
-            f"tensor {values.name!r} has element type {values.data_type}, which holds no numbers known here"
+            f"tensor {values.name!r} has element type {values.data_type}, which holds no real numbers known here"
         )
     return Stored(values.name, shape, values.data_type, proto)
 
 
-_KNOWN_TYPES: Final = frozenset(TensorProto.DataType.values())
+_KNOWN_TYPES: Final = frozenset(TensorProto.DataType.values()) - {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
 _PACKED: Final = frozenset(
     code for name, code in TensorProto.DataType.items() if name in {"INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"}
 )
@@ -174,14 +177,25 @@ def _read_place(source: ByteSource, where: Place, tensor: Stored, meter: Meter) 
 
 
 def complete(file: ModelFile, proto: onnx.TensorProto) -> onnx.TensorProto:
-    """``proto`` of the skeleton with its elements as the file spells them; of both spellings only ``raw_data``."""
-    whole = onnx.TensorProto(dims=proto.dims, data_type=proto.data_type, name=proto.name)
+    """``proto`` of the skeleton with its elements as the file spells them; of both spellings only ``raw_data``.
+
+    Raises PayloadError where protobuf does not read them.
+    """
+    whole = onnx.TensorProto(dims=proto.dims, data_type=proto.data_type, name=_text(proto.name))
     payload = file.payload(proto)
     if payload is not None and payload.raw is not None:
         whole.raw_data = file.source.read(payload.raw.start, len(payload.raw))
     elif payload is not None:
-        whole.MergeFromString(b"".join(file.source.read(span.start, len(span)) for _, span in payload.typed))
+        try:
+            whole.MergeFromString(b"".join(file.source.read(span.start, len(span)) for _, span in payload.typed))
+        except DecodeError as error:
+            raise PayloadError(f"tensor {proto.name!r} cannot be read: its elements are no numbers") from error
     return whole
+
+
+def _text(name: str | bytes) -> str:
+    """A name that protobuf takes: one that is not UTF-8 it gives as bytes, and refuses."""
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
 
 
 def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Array:
@@ -190,7 +204,7 @@ def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Arr
     file.meter.touch(0 if payload is None else sum(map(len, payload.packed)))
     try:
         return numpy_helper.to_array(complete(file, proto))
-    except ModelFileError:
+    except OnnxClpError:
         raise
     except Exception as error:
         raise PayloadError(f"tensor {tensor.name!r} cannot be read: {type(error).__name__}") from error

@@ -29,6 +29,9 @@ DEPTH_LIMIT: Final = 100
 TAG_LENGTH: Final = 5
 """Bytes of a tag, which has 32 bits; readers do different things with longer ones."""
 
+SKELETON_LIMIT: Final = 1 << 31
+"""Protobuf reads no message of 2 GiB or more."""
+
 VARINT, FIXED64, START_GROUP, END_GROUP, FIXED32 = 0, 1, 3, 4, 5
 
 # onnx.proto's field numbers, as far as the walk has to know them.
@@ -37,7 +40,17 @@ GRAPH_NODE = 1
 NODE_INPUT, NODE_ATTRIBUTE, NODE_DOC = 1, 5, 6
 FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA = 4, 5, 7, 9, 10, 11
 EXTERNAL_DATA: Final = 13
-PAYLOAD_FIELDS: Final = frozenset({FLOAT_DATA, INT32_DATA, INT64_DATA, RAW_DATA, DOUBLE_DATA, UINT64_DATA})
+PAYLOAD_FIELDS: Final = MappingProxyType(
+    {
+        RAW_DATA: frozenset({LENGTH}),
+        FLOAT_DATA: frozenset({LENGTH, FIXED32}),
+        DOUBLE_DATA: frozenset({LENGTH, FIXED64}),
+        INT32_DATA: frozenset({LENGTH, VARINT}),
+        INT64_DATA: frozenset({LENGTH, VARINT}),
+        UINT64_DATA: frozenset({LENGTH, VARINT}),
+    }
+)
+"""The wire types of each field that holds elements: packed, or one by one. Protobuf takes no other for elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +141,7 @@ class _Walk:
         self.limit = limit
         self.base = 0
         self.buffer = b""
+        self.kept = 0
         self.payloads: list[Payload] = []
         self.nodes: list[NodeLayout | None] = []
         self.metadata: list[Span] = []
@@ -164,7 +178,12 @@ class _Walk:
         raise self.corrupt(position, "a varint that does not end")
 
     def copy(self, start: int, end: int) -> bytes:
-        """The bytes ``start`` to ``end``, from the window where it holds them."""
+        """The bytes ``start`` to ``end`` for the skeleton, from the window where it holds them."""
+        self.kept += end - start
+        if self.kept >= SKELETON_LIMIT:  # known before it is read: a hole of many GiB takes no room on the disk
+            raise ModelFileError(
+                f"{self.source.path} holds 2 GiB or more besides its weights, which protobuf cannot read"
+            )
         index = start - self.base
         if index >= 0 and index + end - start <= len(self.buffer):
             return self.buffer[index : index + end - start]
@@ -296,7 +315,7 @@ class _Walk:
         for number, wire, tag_start, start, end in self.fields(body.start, body.end):
             if number == EXTERNAL_DATA and wire == LENGTH:
                 payload.external.append((Span(tag_start, end), enclosing))
-            if number not in PAYLOAD_FIELDS or (number == RAW_DATA and wire != LENGTH):
+            if wire not in PAYLOAD_FIELDS.get(number, ()):
                 continue
             pieces.append(self.copy(kept, tag_start))
             kept = end

@@ -1,14 +1,12 @@
 """Tables for spreadsheets and data frames: CSV with a head line, and an empty cell where there is no number.
 
 A number that is not finite is ``nan``, ``inf`` or ``-inf``. It is RFC 4180's but for lines, which end in a line feed.
-Names come from the scanned file: what is not printable is escaped, and a name that a spreadsheet would take for a
-formula gets an apostrophe before it.
+Names come from the scanned file: what is not printable is escaped, a name that a spreadsheet would take for a formula
+gets an apostrophe before it, and one that it could take for two cells is quoted, whatever parts the cells there.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +17,11 @@ if TYPE_CHECKING:
     from onnx_clp.evaluation.sweep import SweepReport
     from onnx_clp.evaluation.tac import TacReport
 
-_FORMULA: Final = ("=", "+", "-", "@")
+_FORMULA: Final = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a formula begins with, also in the wide characters of East Asian keyboards."""
+
+_PARTING: Final = frozenset(',;|"\n')
+"""What parts cells here or where a comma is the decimal point, and the quote itself."""
 
 _SHARE: Final = ("count", "total", "share", "low", "high")
 
@@ -77,12 +79,15 @@ def _tac(report: TacReport) -> Iterator[list[Cell]]:
 
 def _name(name: str) -> str:
     shown = printable(name)
-    return f"'{shown}" if shown.startswith(_FORMULA) else shown
+    return f"'{shown}" if shown.lstrip().startswith(_FORMULA) else shown
 
 
 def _table(head: Iterable[str], rows: Iterable[list[Cell]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return text.getvalue()
+    return "".join(",".join(map(_cell, row)) + "\n" for row in (list[Cell](head), *rows))
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return ""
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if _PARTING & set(text) else text

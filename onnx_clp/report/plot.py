@@ -245,6 +245,6 @@ def _saved(figure: Any, form: str) -> bytes:  # noqa: ANN401
     content = io.BytesIO()
     with warnings.catch_warnings():
         # A name may hold characters that the font lacks: a box stands for each.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from|Matplotlib currently does not support")
         figure.savefig(content, format=form, dpi=160, metadata=metadata)
     return content.getvalue()

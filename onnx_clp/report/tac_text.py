@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from onnx_clp.report.evaluate_text import attack_words, image_words
 from onnx_clp.report.text import NAME_WIDTH, NAMES_SHOWN, Style, plain
-from onnx_clp.report.words import count, listed, number, printable, shortened
+from onnx_clp.report.words import cell, columns, count, listed, number, padded, printable, shortened
 
 if TYPE_CHECKING:
     from onnx_clp.evaluation.correlation import Correlation
@@ -58,8 +58,8 @@ def _flagged(report: TacReport) -> str:
 
 
 def _table(report: TacReport, style: Style, *, verbose: bool) -> Iterator[str]:
-    names = [printable(layer.name) if verbose else shortened(layer.name, NAME_WIDTH) for layer in report.layers]
-    wide = max(map(len, [*names, "layer"]))
+    names = [cell(printable(layer.name)) if verbose else shortened(layer.name, NAME_WIDTH) for layer in report.layers]
+    wide = max(map(columns, [*names, "layer"]))
     titles = f"{'channels':>8}  {'Pearson':>7}  {'Spearman':>8}  {'largest change':<22}  flagged, of these at the top"
     yield style(f"  {'layer':<{wide}}  {titles}", "dim")
     for layer, name in zip(report.layers, names, strict=True):
@@ -67,7 +67,7 @@ def _table(report: TacReport, style: Style, *, verbose: bool) -> Iterator[str]:
         numbers = f"{layer.channels:>8,}  {_coefficient(found.pearson):>7}  {_coefficient(found.spearman):>8}"
         top = f"{_largest(layer):<22}"
         flagged = f"{len(layer.flagged):,}, {layer.flagged_at_top:,}" if layer.flagged else "none"
-        yield f"  {name:<{wide}}  {numbers}  {top}  {flagged}"
+        yield f"  {padded(name, wide)}  {numbers}  {top}  {flagged}"
 
 
 def _largest(layer: TacLayer) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
-from onnx_clp.report.words import count, listed, number, printable, shortened
+from onnx_clp.report.words import cell, columns, count, listed, number, padded, printable, shortened
 
 if TYPE_CHECKING:
     from onnx_clp.analysis import Layer, ScanReport
@@ -25,7 +25,7 @@ _EXPLAINED: Final = frozenset({"unreadable", "no-data"})
 _STATUS_WORDS: Final = {
     "too-few-channels": "too few channels to judge",
     "zero-spread": "all bounds equal",
-    "dead": "every channel is dead",
+    "dead": "no bound above 0",
 }
 
 
@@ -125,15 +125,15 @@ def _outliers(report: ScanReport, style: Style) -> str:
 
 def _table(layers: list[Layer], style: Style, *, verbose: bool) -> Iterator[str]:
     """One row a layer, its flagged channels one below the other in the last column."""
-    names = [printable(layer.name) if verbose else shortened(layer.name, NAME_WIDTH) for layer in layers]
+    names = [cell(printable(layer.name)) if verbose else shortened(layer.name, NAME_WIDTH) for layer in layers]
     kinds = [layer.kind.replace("BatchNormalization", "BN") for layer in layers]
-    wide, kind_wide = max(map(len, [*names, "layer"])), max(map(len, [*kinds, "kind"]))
+    wide, kind_wide = max(map(columns, [*names, "layer"])), max(map(len, [*kinds, "kind"]))
     titles = f"{'channels':>8}  {'mean':>9}  {'std':>9}  {'threshold':>9}  flagged"
     yield style(f"  {'layer':<{wide}}  {'kind':<{kind_wide}}  {titles}", "dim")
     for layer, name, kind in zip(layers, names, kinds, strict=True):
         numbers = f"{number(layer.mean):>9}  {number(layer.std):>9}  {number(layer.threshold):>9}"
-        row = f"  {name:<{wide}}  {kind:<{kind_wide}}  {layer.channels:>8,}  {numbers}  "
-        indent = " " * len(row)
+        row = f"  {padded(name, wide)}  {kind:<{kind_wide}}  {layer.channels:>8,}  {numbers}  "
+        indent = " " * columns(row)
         for line in _flagged(layer, style, verbose=verbose) or [style(_unflagged(layer), "dim")]:
             yield row + line
             row = indent
