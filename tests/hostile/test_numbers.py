@@ -480,6 +480,20 @@ def test_a_product_beyond_float64_is_a_finding_and_not_a_warning() -> None:
     assert [channel.index for channel in found.flagged] == [LOUD]
 
 
+def test_arithmetic_on_constants_warns_of_nothing() -> None:
+    """A kernel times 1/c, where c is 0, too small, or too large in one channel."""
+    net = Net()
+    c = np.ones((CHANNELS, 1, 1, 1), np.float32)
+    c[[0, 1, 9, 11]] = np.array([0, math.nan, 1e-44, math.inf], np.float32).reshape(-1, 1, 1, 1)
+    factor = net.op("Reciprocal", net.tensor(c, "c"), name="reciprocal")
+    weight = net.op("Mul", net.tensor(kernel(), "W"), factor, name="mul")
+    net.tail(net.conv(net.feed(1, 3, 8, 8), weight, net.vector(CHANNELS), name="conv", pads=[1] * 4), CHANNELS)
+    (found,) = scanned(net.case("made").model).layers
+    assert found.non_finite == (0, 1, 9)
+    assert found.dead == (11,)
+    assert [channel.index for channel in found.flagged] == [LOUD]
+
+
 @broken
 def test_a_scale_of_a_quantised_convolution_that_is_not_finite_is_a_finding(value: float) -> None:
     model = onnx.ModelProto()
