@@ -120,6 +120,13 @@ class Constants:
         operands = [None if operand is None else self.evaluate(operand) for operand in step.operands[1:]]
         return self._compute(step, [data, *operands])
 
+    def remade(self, step: Derived, operand: Constant, data: Array) -> Array:
+        """What ``step`` makes where ``data`` takes the place of one of its operands."""
+        operands = [
+            None if given is None else data if given is operand else self.evaluate(given) for given in step.operands
+        ]
+        return self._compute(step, operands)
+
     def evaluate(self, constant: Constant) -> Array:
         """The elements of ``constant``, computed without recursion and each shared operand once.
 

@@ -13,7 +13,7 @@ from onnx import helper
 
 from onnx_clp.errors import PayloadError
 from onnx_clp.model.graph import Node
-from onnx_clp.model.tensors import ELEMENT_LIMIT, Array
+from onnx_clp.model.tensors import AXES_LIMIT, ELEMENT_LIMIT, Array
 
 Operands = list[Array | None]
 
@@ -37,11 +37,18 @@ def compute_shape(node: Node, operands: Operands) -> tuple[int, ...]:
     return tuple(compute(node, operands).shape)
 
 
+def _sizes(array: Array) -> list[int]:
+    """The elements of a constant that says sizes or axes, of which there are no more than axes."""
+    if array.size > AXES_LIMIT:
+        raise ValueError(f"it has {array.size:,} sizes")
+    return [int(size) for size in array.ravel()]
+
+
 def _axes(node: Node, operands: Operands) -> tuple[int, ...] | None:
     """Axes of Squeeze and Unsqueeze: an attribute up to opset 12, an input from 13 on."""
     axes = node.integers("axes")
     if axes is None and len(operands) > 1 and operands[1] is not None:
-        axes = tuple(int(axis) for axis in operands[1].ravel())
+        axes = tuple(_sizes(operands[1]))
     return axes
 
 
@@ -53,7 +60,7 @@ def _first(operands: Operands) -> Array:
 
 def _reshape(node: Node, operands: Operands) -> Array:
     data = _first(operands)
-    given = node.integers("shape") if len(operands) < 2 or operands[1] is None else operands[1].ravel()
+    given = node.integers("shape") if len(operands) < 2 or operands[1] is None else _sizes(operands[1])
     if given is None:
         raise ValueError("Reshape without a shape")
     keep_zero = node.integer("allowzero", 0)
@@ -87,6 +94,8 @@ def per_axis(parameter: Array, data: Array, axis: int, block: int) -> Array:
     """A scale or zero point in a form that broadcasts against ``data`` (QuantizeLinear, versions 10, 13 and 21)."""
     if parameter.size == 1:
         return parameter.reshape(())
+    if parameter.size > data.size:
+        raise ValueError(f"{parameter.size:,} scales or zero points for {data.size:,} elements")
     axis = axis if axis >= 0 else axis + data.ndim
     if parameter.ndim == 1:
         return parameter.reshape([-1 if position == axis else 1 for position in range(data.ndim)])
@@ -156,14 +165,14 @@ def _grow(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _constant_of_shape(_: Node, operands: Operands) -> Array:
     fill = operands[1] if operands[1] is not None else np.zeros(1, np.float32)
-    return np.broadcast_to(fill.reshape(()), _grow([int(size) for size in _first(operands).ravel()]))
+    return np.broadcast_to(fill.reshape(()), _grow(_sizes(_first(operands))))
 
 
 def _expand(_: Node, operands: Operands) -> Array:
     data, target = _first(operands), operands[1]
     if target is None:
         raise ValueError("Expand without a shape")
-    return np.broadcast_to(data, _grow(np.broadcast_shapes(data.shape, tuple(int(size) for size in target.ravel()))))
+    return np.broadcast_to(data, _grow(np.broadcast_shapes(data.shape, tuple(_sizes(target)))))
 
 
 def _concat(node: Node, operands: Operands) -> Array:
@@ -183,7 +192,7 @@ def slices(node: Node, operands: Sequence[Array | None], rank: int) -> dict[int,
 
     def numbers(position: int, name: str) -> list[int] | None:
         if len(operands) > position and operands[position] is not None:
-            return [int(number) for number in np.ravel(operands[position])]  # type: ignore[arg-type]
+            return _sizes(np.asarray(operands[position]))
         given = node.integers(name)
         return None if given is None else list(given)
 

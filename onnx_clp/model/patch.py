@@ -195,7 +195,7 @@ class _Planner:
             same = np.array_equal(current, silent)
         if same:
             return None
-        patch = self.patch(knob, channels)
+        patch = self.patch(knob, channels, silent)
         size = silent.nbytes if patch is None else patch.indices.nbytes + patch.values.nbytes
         self.constants.meter.hold(size)
         self.held += size
@@ -235,8 +235,11 @@ class _Planner:
                 found[where].add(edge)
         return found
 
-    def patch(self, knob: Knob, channels: Sequence[int]) -> _Patch | None:
-        """What ``knob`` wants of a stored tensor; None where its elements cannot be followed, or lie in no order."""
+    def patch(self, knob: Knob, channels: Sequence[int], silent: Array) -> _Patch | None:
+        """What ``knob`` wants of a stored tensor, so that it reads ``silent``.
+
+        None where its elements cannot be followed, lie in no order, or no value of them makes what is wanted.
+        """
         constant = self.constants.get(knob.value)
         chain: list[Derived] = []
         while isinstance(constant, Derived):
@@ -257,7 +260,19 @@ class _Planner:
             indices = positions.flat[indices]
             order = np.argsort(indices, kind="stable")
             indices, values = indices[order], values[order]
-        return _Patch(knob, constant, where, indices, np.asarray(values).astype(constant.dtype))
+        values = np.asarray(values).astype(constant.dtype)
+        if chain and not _equal(self.made(constant, chain, indices, values), silent):
+            return None
+        return _Patch(knob, constant, where, indices, values)
+
+    def made(self, root: Stored, chain: Sequence[Derived], indices: Indices, values: Array) -> Array:
+        """What the first of ``chain`` is where ``root`` has ``values`` at ``indices``."""
+        array = self.constants.evaluate(root).copy()
+        array.flat[indices] = values
+        operand: Constant = root
+        for step in reversed(chain):
+            array, operand = self.constants.remade(step, operand, array), step
+        return array
 
     def follow(self, root: Stored, chain: Sequence[Derived]) -> tuple[Indices | None, Array]:
         """Where each element of the last of ``chain`` lies in ``root`` (None: as they are), and its value at rest.
@@ -320,6 +335,12 @@ class _Planner:
 
 _PLANNED: Final = 3 * 8
 """Bytes for each element of a constant while it is planned how to silence channels of it."""
+
+
+def _equal(left: Array, right: Array) -> bool:
+    """Whether two arrays hold the same numbers, NaN among them."""
+    with np.errstate(all="ignore"):  # ml_dtypes warns where it casts NaN
+        return np.array_equal(left.astype(np.float64), right.astype(np.float64), equal_nan=True)
 
 
 _NO_ZERO: Final = "no-zero"
