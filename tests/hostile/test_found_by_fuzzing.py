@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from onnx_clp import runtime, sanitize
+from onnx_clp import runtime, sanitize, scan
 from tests.cases.net import PLANTED, Array, Net
 
 
@@ -76,3 +76,35 @@ def test_a_channel_of_numbers_that_cannot_be_zero_is_left(tmp_path: Path) -> Non
     report = sanitize(saved(powers_of_two(), tmp_path), tmp_path / "out.onnx", u=1.5, max_share=1)
     assert not report.silenced
     assert [part.channels for part in report.left] == [(PLANTED,)]
+
+
+def quantised_and_cast() -> Net:
+    """A kernel that is quantised and cast: what was 0 is the zero point then, so that no 0 in the file silences."""
+    net = Net()
+    x = net.feed("N", 1, 4, 4)
+    levels = net.tensor(np.array([2, 2, 2, 2, 2, 200, 2, 2], np.float32), "levels")
+    scale, zero = net.tensor(np.float32(2), "scale"), net.tensor(np.uint8(5), "zero")
+    cast = net.op("Cast", net.op("QuantizeLinear", levels, scale, zero, name="quantise"), name="cast", to=1)
+    shaped = net.op("Reshape", cast, net.integers(8, 1, 1, 1, name="sizes"), name="reshape")
+    net.tail(net.conv(x, shaped, name="conv", kernel_shape=[1, 1]), 8)
+    return net
+
+
+def test_a_kernel_that_no_zero_in_the_file_silences_gets_one_of_its_own(tmp_path: Path) -> None:
+    report = sanitize(saved(quantised_and_cast(), tmp_path), tmp_path / "out.onnx", u=1.5, max_share=1)
+    assert [part.channels for part in report.silenced] == [(PLANTED,)]
+    assert report.unshared
+    assert own_constant(tmp_path / "out.onnx").ravel().tolist() == [6, 6, 6, 6, 6, 0, 6, 6]
+
+
+@pytest.mark.parametrize("operator", ["ConstantOfShape", "Expand", "Reshape", "Slice", "Unsqueeze"])
+def test_sizes_of_very_many_axes_are_no_sizes(operator: str, tmp_path: Path) -> None:
+    """A shape that is itself 2^39 numbers, all of them the same one."""
+    net = Net()
+    x = net.feed("N", 4, 4, 4)
+    data = [] if operator == "ConstantOfShape" else [net.tensor(np.ones((4, 4, 1, 1), np.float32), "data")]
+    sizes = net.op("Expand", net.integers(1, name="one"), net.integers(1 << 39, name="many"), name="sizes")
+    given = [*data, sizes, sizes] if operator == "Slice" else [*data, sizes]
+    net.tail(net.conv(x, net.op(operator, *given, name="kernel"), name="conv"), 4)
+    report = scan(saved(net, tmp_path))
+    assert [(part.name, part.reason) for part in report.skipped if part.name == "conv"] == [("conv", "unreadable")]
