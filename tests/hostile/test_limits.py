@@ -1,6 +1,6 @@
 """Memory and time of a scan are bounded by what is on disk: small files that ask for much, and long ones.
 
-Time is not measured. That a walk is linear is seen from the number of calls of Python functions, which is the same on
+Time is not measured. That a walk is linear is seen from the number of calls of functions, which is the same on
 every machine; that memory is bounded, from a limit on the address space of a process of its own.
 """
 
@@ -102,7 +102,7 @@ REFUSED = {"a_name_of_a_megabyte_in_10000_calls"}
 
 @pytest.mark.parametrize("case", SMALL_FILES)
 def test_a_file_gets_no_more_memory_than_it_is_worth(case: str, tmp_path: Path) -> None:
-    assert not bounded(written(SMALL_FILES[case](), tmp_path)) or case in REFUSED
+    assert ("nodes and tensors" in bounded(written(SMALL_FILES[case](), tmp_path))) == (case in REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,7 @@ def test_a_file_gets_no_more_memory_than_it_is_worth(case: str, tmp_path: Path) 
         ("a_matrix_of_side_4096", {"y": "head", "c0": "limit"}),
         ("a_few_numbers_expanded", {"y": "head", **{f"c{i}": "limit" for i in range(100)}}),
         ("a_shape_of_2_to_the_30_without_data", {"first": "no-data"}),
+        ("a_scale_for_a_block_of_2_to_the_40", {"y": "head", "c": "unreadable"}),
     ],
 )
 def test_what_costs_too_much_is_skipped_and_not_clean(case: str, layers: dict[str, str], tmp_path: Path) -> None:
@@ -188,12 +189,12 @@ def test_a_rewrite_that_would_hold_too_much_leaves_the_layer(tmp_path: Path) -> 
 
 
 def calls(work: Callable[[], object]) -> int:
-    """How many Python functions are called while ``work`` is done."""
+    """How many functions are called while ``work`` is done, those of C among them."""
     count = 0
 
     def note(_: FrameType, event: str, __: object) -> None:
         nonlocal count
-        count += event == "call"
+        count += event in {"call", "c_call"}
 
     sys.setprofile(note)
     try:
@@ -221,7 +222,7 @@ def test_a_graph_of_twice_the_length_takes_twice_the_steps(case: str, tmp_path: 
     for n in (600, 1200):
         path = written(LONG[case](n), tmp_path)
         scan(path)  # what is imported late is there
-        steps.append(calls(partial(sanitize, path, tmp_path / "out.onnx", dry_run=True)))
+        steps.append(calls(partial(sanitize, path, tmp_path / "out.onnx", u=1, max_share=1, dry_run=True)))
     assert steps[1] < 2.2 * steps[0]
 
 
@@ -294,5 +295,7 @@ def test_nodes_that_read_what_they_make_are_skipped_and_said(length: int, tmp_pa
 def test_more_nodes_than_the_limit_are_refused_while_they_are_counted(tmp_path: Path) -> None:
     """Empty nodes and tensors take two bytes on disk, and hundreds in memory."""
     for field in (1, 5):
-        content = length_delimited(7, bytes([field << 3 | 2, 0]) * 300_000)
-        assert "more than 250,000 nodes and tensors" in bounded(written(content, tmp_path))
+        content = length_delimited(7, bytes([field << 3 | 2, 0]) * 2_000_000)
+        said = bounded(written(content, tmp_path))
+        assert "more than 250,000 nodes and tensors" in said
+        assert "every call" not in said  # which is what is said where all of them are in memory already
