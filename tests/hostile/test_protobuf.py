@@ -20,7 +20,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import SparseTensorProto, StringStringEntryProto, TensorProto
+from onnx import SparseTensorProto, StringStringEntryProto, TensorProto, numpy_helper
 
 from onnx_clp import ModelFileError, OnnxClpError, ScanReport, sanitize, scan
 from onnx_clp.cli import run
@@ -545,6 +545,23 @@ def test_a_repeated_field_of_a_tensor_counts_by_its_last_and_dims_add_up(tmp_pat
     assert [part.reason for part in found.skipped] == ["unreadable"]
     found = outcome(spelled(weight + length_delimited(RAW_DATA, bytes(16 * 9 * 4))), tmp_path)
     assert [status for _, status, _ in findings(found)] == ["dead"]
+
+
+def test_a_tensor_twice_in_one_attribute_is_one(tmp_path: Path) -> None:
+    """A message that is given twice is merged: half of the numbers in each makes all of them."""
+    model = little()
+    plain = findings(outcome(model.SerializeToString(), tmp_path))
+    index = next(i for i, tensor in enumerate(model.graph.initializer) if tensor.name == "conv.weight")
+    numbers = numpy_helper.to_array(model.graph.initializer[index])
+    del model.graph.initializer[index]
+    first = TensorProto(dims=numbers.shape, data_type=TensorProto.FLOAT, float_data=numbers.ravel()[:50])
+    second = TensorProto(float_data=numbers.ravel()[50:])
+    twice = b"".join(length_delimited(ATTRIBUTE_TENSOR, part.SerializeToString()) for part in (first, second))
+    attribute = length_delimited(1, b"value") + tag(20, VARINT) + b"\x04" + twice
+    node = length_delimited(4, b"Constant") + length_delimited(2, b"conv.weight")
+    node += length_delimited(NODE_ATTRIBUTE, attribute)
+    content = length_delimited(MODEL_GRAPH, length_delimited(GRAPH_NODE, node)) + model.SerializeToString()
+    assert findings(outcome(content, tmp_path)) == plain
 
 
 @depths
