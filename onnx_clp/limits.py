@@ -39,6 +39,8 @@ class Limits:
     Attributes:
         nodes: Nodes, every call of a function counted, and tensors. A node takes about 2 kB in memory and 20 µs; the
             largest public models have some 100,000.
+        skeleton: Bytes of the model besides its weights, which are in memory about twice: 512 MiB. Networks have some
+            MB of them, and protobuf reads no more than 2 GiB.
         work: Multiply-adds: 2³⁴ are about a second of one core.
         memory: Bytes of arrays held at once, 128 MiB; a rewrite has two scans in memory.
         entries: Folder entries looked at to find the other names of a hard link.
@@ -46,6 +48,7 @@ class Limits:
     """
 
     nodes: int = 250_000
+    skeleton: int = 1 << 29
     work: int = 1 << 34
     memory: int = 1 << 27
     entries: int = 1_000_000

@@ -106,11 +106,14 @@ _TRANSPARENT: Final = frozenset(
 """Operators between a linear operator and its normalisation or its bias that change no number (rounding aside)."""
 
 
+NAME_LIMIT: Final = 1000
+"""Characters of such a name: one of a megabyte could be an operator of ten thousand sites."""
+
 NAMED_OPERATORS: Final = 64
 """Linear operators that a site names; a BN behind a hundred concatenated layers names the nearest."""
 
 
-LOOKED_AT: Final = 256
+LOOKED_AT: Final = 128
 """Sums and concatenations looked through for these names; behind ten thousand of them nobody reads on."""
 
 
@@ -259,7 +262,7 @@ class _Surveyor:
         return Site(
             node=node,
             kind=f"{origin}→{node.op_type}",
-            operators=tuple(operator.name for operator in operators),
+            operators=tuple(operator.name[:NAME_LIMIT] for operator in operators),
             channels=flow.channels,
             source=source,
             knobs=knobs,
@@ -442,11 +445,10 @@ def _parts(part: Source) -> tuple[int, ...]:
 
 
 def _junctions(trace: Trace) -> list[int]:
-    """For each source the nearest one below it, or itself, that is an operator or where several come together."""
+    """For each source the nearest one below it, or itself, that is an operator, a sum or a concatenation."""
     found: list[int] = []
     for index, part in enumerate(trace.sources):
-        below = _parts(part)
-        found.append(found[below[0]] if len(below) == 1 else index)
+        found.append(index if isinstance(part, Produced | Summed | Joined) else found[part.source])
     return found
 
 

@@ -65,8 +65,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
                          type=click.Path(exists=True, file_okay=False, path_type=Path),
                          help="Read external data that lies below DIR too, not only below the model's folder."),
             click.option("--limit", "limits", multiple=True, metavar="NAME=NUMBER", callback=limit_numbers,
-                         help="What a file may cost however small it is: nodes, work, memory, entries, seconds. See "
-                         "docs/security.md."),
+                         help="What a file may cost however small it is: nodes, skeleton, work, memory, entries, "
+                         "seconds. See docs/security.md."),
             click.option("--debug", is_flag=True, help="Show the traceback of an error."),
         )
     ):  # fmt: skip

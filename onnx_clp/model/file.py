@@ -211,7 +211,7 @@ def open_source(source: ByteSource, allow_roots: Sequence[Path] = (), limits: Li
     meter = Meter(limits)
     meter.grant(source.size)
     _refuse_foreign(source.path, source.read(0, min(64, source.size)))
-    skeleton, layout = walk(source, limits.nodes)
+    skeleton, layout = walk(source, limits)
     return ModelFile(source.path, source, _parse(source.path, skeleton), layout, meter, tuple(allow_roots))
 
 

@@ -8,7 +8,7 @@ tensor stays as it is (*un-shared*).
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -114,7 +114,7 @@ class _Planner:
     graph: Graph
     names: set[str] = field(default_factory=set)
     unshared: list[str] = field(default_factory=list)
-    written: set[tuple[int, int]] = field(default_factory=set)
+    copies: Counter[str] = field(default_factory=Counter)
     held: int = 0
 
     def plan(self, wanted: Sequence[tuple[Sequence[Knob], Sequence[int]]]) -> Plan:
@@ -160,14 +160,21 @@ class _Planner:
 
     def own_constants(self, copies: Sequence[tuple[Knob, Array]]) -> tuple[list[Edit], dict[tuple[int, int], str]]:
         """Edits that give each knob a constant of its own, and by edge why some cannot have one."""
+        twins: dict[int, set[int]] = defaultdict(set)
+        for node in self.graph.nodes:
+            twins[id(node.layout)].add(node.index)
+        # A node of a function that is called more than once is several nodes of the graph, and one of the file.
+        inputs: dict[tuple[int, int], list[tuple[Knob, Array]]] = defaultdict(list)
+        for knob, silent in copies:
+            inputs[id(knob.node.layout), knob.position].append((knob, silent))
         edits: list[Edit] = []
         refused: dict[tuple[int, int], str] = {}
-        for knob, silent in copies:
-            reason = self.refusal(knob, copies)
+        for (layout, _), wanted in inputs.items():
+            reason = _refusal(wanted, twins[layout])
             if reason:
-                refused[knob.edge] = reason
+                refused |= dict.fromkeys((knob.edge for knob, _ in wanted), reason)
             else:
-                edits += self.own_constant(knob, silent)
+                edits += self.own_constant(*wanted[0])
         return edits, refused
 
     def in_place(self, patches: dict[Place, list[_Patch]]) -> list[_Patch]:
@@ -298,33 +305,25 @@ class _Planner:
                     rest = np.broadcast_to(zeros, positions.shape)
         return positions, rest
 
-    def refusal(self, knob: Knob, copies: Sequence[tuple[Knob, Array]]) -> str:
-        """Why ``knob`` cannot have a constant of its own; empty where it can."""
-        layout = knob.node.layout
-        if layout is None or knob.position >= len(layout.inputs):
-            return "its constants belong to no node of the file"
-        twins = {node.index for node in self.graph.nodes if node.layout is layout}
-        wanted = {other.node.index: silent for other, silent in copies if other.position == knob.position}
-        silent = wanted[knob.node.index]
-        if any(index not in wanted or wanted[index].tobytes() != silent.tobytes() for index in twins):
-            return "it lies in a function that is called more than once, and the other calls use the same constants"
-        return ""
+    def free_name(self, original: str) -> str:
+        """A name like ``original`` that nothing has."""
+        while True:
+            self.copies[original] += 1
+            number = self.copies[original]
+            name = f"{original}__silenced" if number == 1 else f"{original}__silenced_{number}"
+            if name not in self.names:
+                self.names.add(name)
+                return name
 
     def own_constant(self, knob: Knob, silent: Array) -> Iterator[Edit]:
         """Edits that put a Constant node with ``silent`` in front of the node and make the node read it."""
         layout = knob.node.layout
         assert layout is not None
-        key = (layout.field.start, knob.position)
-        content = silent.tobytes()
-        if key in self.written:
-            return
-        self.written.add(key)
         original = self.graph.name_of(knob.value)
-        name = next(free for free in _free_names(original) if free not in self.names)
-        self.names.add(name)
+        name = self.free_name(original)
         self.unshared.append(original)
         data_type = helper.np_dtype_to_tensor_dtype(silent.dtype)
-        tensor = TensorProto(name=name, dims=silent.shape, data_type=data_type, raw_data=content)
+        tensor = TensorProto(name=name, dims=silent.shape, data_type=data_type, raw_data=silent.tobytes())
         node = NodeProto(op_type="Constant", output=[name], name=name)
         node.attribute.append(helper.make_attribute("value", tensor))
         start = layout.field.start
@@ -358,6 +357,17 @@ def _zero(dtype: np.dtype[Any]) -> Array:
 
 _VIEWS: Final = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _PASSING: Final = _VIEWS | {"Cast", "DequantizeLinear", "QuantizeLinear"}
+
+
+def _refusal(wanted: Sequence[tuple[Knob, Array]], twins: set[int]) -> str:
+    """Why a node, which is ``twins`` in the graph, cannot have one constant as ``wanted``; empty where it can."""
+    (knob, silent), *others = wanted
+    if knob.node.layout is None or knob.position >= len(knob.node.layout.inputs):
+        return "its constants belong to no node of the file"
+    content = silent.tobytes()
+    if {other.node.index for other, _ in wanted} != twins or any(other.tobytes() != content for _, other in others):
+        return "it lies in a function that is called more than once, and the other calls use the same constants"
+    return ""
 
 
 def _carrier(constant: Derived) -> Constant | None:
@@ -426,9 +436,3 @@ def _flat(shape: tuple[int, ...], knob: Knob, channels: Sequence[int]) -> Indice
             flat = np.add.outer(flat, steps * stride)
         parts.append(flat.ravel())
     return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
-
-
-def _free_names(original: str) -> Iterator[str]:
-    yield f"{original}__silenced"
-    for number in range(2, 1 << 62):
-        yield f"{original}__silenced_{number}"

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Final
 
 from onnx_clp.errors import ModelFileError
-from onnx_clp.limits import DEFAULT_LIMITS
+from onnx_clp.limits import DEFAULT_LIMITS, Limits
 from onnx_clp.model.edits import LENGTH, Message, Span, encode_varint, length_delimited
 from onnx_clp.model.source import ByteSource
 
@@ -136,9 +136,9 @@ class Layout:
 class _Walk:
     """One pass over a file. State: the window in memory and the layout so far."""
 
-    def __init__(self, source: ByteSource, limit: int) -> None:
+    def __init__(self, source: ByteSource, limits: Limits) -> None:
         self.source = source
-        self.limit = limit
+        self.limits = limits
         self.base = 0
         self.buffer = b""
         self.kept = 0
@@ -148,10 +148,11 @@ class _Walk:
 
     def count(self) -> None:
         """Raise ModelFileError where nodes and tensors are too many; before each of them takes its memory."""
-        if len(self.nodes) + len(self.payloads) >= self.limit:
+        limit = self.limits.nodes
+        if len(self.nodes) + len(self.payloads) >= limit:
             raise ModelFileError(
-                f"{self.source.path} has more than {self.limit:,} nodes and tensors",
-                f"if that is what it should have, raise the limit: --limit nodes={10 * self.limit}",
+                f"{self.source.path} has more than {limit:,} nodes and tensors",
+                f"if that is what it should have, raise the limit: --limit nodes={10 * limit}",
             )
 
     def corrupt(self, position: int, what: str) -> ModelFileError:
@@ -180,9 +181,14 @@ class _Walk:
     def copy(self, start: int, end: int) -> bytes:
         """The bytes ``start`` to ``end`` for the skeleton, from the window where it holds them."""
         self.kept += end - start
-        if self.kept >= SKELETON_LIMIT:  # known before it is read: a hole of many GiB takes no room on the disk
+        # Known before it is read: a hole of many GiB takes no room on the disk.
+        limit = min(self.limits.skeleton, SKELETON_LIMIT)
+        if self.kept >= limit:
             raise ModelFileError(
-                f"{self.source.path} holds 2 GiB or more besides its weights, which protobuf cannot read"
+                f"{self.source.path} holds {limit >> 20:,} MiB or more besides its weights",
+                f"more is read, up to 2 GiB, with --limit skeleton={min(4 * limit, SKELETON_LIMIT)}"
+                if limit < SKELETON_LIMIT
+                else "protobuf reads no more",
             )
         index = start - self.base
         if index >= 0 and index + end - start <= len(self.buffer):
@@ -330,12 +336,13 @@ class _Walk:
         return b"".join(pieces)
 
 
-def walk(source: ByteSource, limit: int = DEFAULT_LIMITS.nodes) -> tuple[bytes, Layout]:
-    """The skeleton and the layout of the ModelProto in ``source``, which may have ``limit`` nodes and tensors.
+def walk(source: ByteSource, limits: Limits = DEFAULT_LIMITS) -> tuple[bytes, Layout]:
+    """The skeleton and the layout of the ModelProto in ``source``.
 
-    Raises ModelFileError where it has more; and, with the byte it stumbled on, where the bytes are no protobuf message.
+    Raises ModelFileError where it has more nodes, tensors or bytes besides its weights than ``limits`` allow; and, with
+    the byte it stumbled on, where the bytes are no protobuf message.
     """
-    state = _Walk(source, limit)
+    state = _Walk(source, limits)
     skeleton = state.message(_KINDS["ModelProto"], Span(0, source.size), ())
     nodes = tuple(node for node in state.nodes if node is not None)
     return skeleton, Layout(tuple(state.payloads), nodes, tuple(state.metadata))

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import SparseTensorProto, StringStringEntryProto, TensorProto, numpy_helper
 
-from onnx_clp import ModelFileError, OnnxClpError, ScanReport, sanitize, scan
+from onnx_clp import Limits, ModelFileError, OnnxClpError, ScanReport, sanitize, scan
 from onnx_clp.cli import run
 from onnx_clp.model import wire
 from onnx_clp.model.edits import encode_varint, length_delimited
@@ -730,12 +730,17 @@ BESIDE_WEIGHTS = {
 
 @pytest.mark.parametrize("numbers", BESIDE_WEIGHTS.values(), ids=BESIDE_WEIGHTS)
 def test_two_gigabytes_beside_the_weights_are_refused_unread(numbers: tuple[int, ...], tmp_path: Path) -> None:
-    """As protobuf refuses them, and so onnxruntime; a hole in a file is as quick to make as a name."""
+    """As protobuf refuses them, and so onnxruntime; a hole in a file is as quick to make as a name.
+
+    Less is refused too, unless the user gives it more.
+    """
     path = behind(little().SerializeToString() + opened(numbers), tmp_path / "m.onnx")
     tracemalloc.start()
     try:
-        with pytest.raises(ModelFileError, match="2 GiB or more besides its weights"):
+        with pytest.raises(ModelFileError, match="holds 512 MiB or more besides its weights"):
             scan(path)
+        with pytest.raises(ModelFileError, match="holds 2,048 MiB or more besides its weights"):
+            scan(path, limits=Limits(skeleton=1 << 40))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
