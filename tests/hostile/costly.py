@@ -159,8 +159,31 @@ def loops(n: int) -> onnx.ModelProto:
     return model([*nodes, conv(value, "y")], [KERNEL, TRUE, numbers("two", 2)])
 
 
+def carried_back() -> onnx.ModelProto:
+    """A loop whose state goes through a Sigmoid into the next round, where a convolution reads it."""
+    boolean, tensor = TensorProto.BOOL, TensorProto.FLOAT
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["on"]),
+            conv("state", "inner"),
+            helper.make_node("Relu", ["inner"], ["r"]),
+            conv("r", "scores"),
+            helper.make_node("Sigmoid", ["scores"], ["next"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", boolean, []),
+            helper.make_tensor_value_info("state", tensor, None),
+        ],
+        [helper.make_tensor_value_info("on", boolean, []), helper.make_tensor_value_info("next", tensor, None)],
+    )
+    node = helper.make_node("Loop", ["two", "true", "x"], ["y"], name="loop", body=body)
+    return model([node], [KERNEL, TRUE, numbers("two", 2)])
+
+
 def constants_of_constants(n: int) -> onnx.ModelProto:
-    """Constants made of one another, each of which a Mul of the channels reads."""
+    """Constants made of one another, each of which a Mul of the channels reads, and a kernel that is patched."""
     nodes = [helper.make_node("Add", [f"k{i}", f"k{i}"], [f"k{i + 1}"]) for i in range(n)]
     nodes.append(conv("x", "first"))
     value = "first"
@@ -168,7 +191,8 @@ def constants_of_constants(n: int) -> onnx.ModelProto:
         nodes.append(helper.make_node("Mul", [value, f"k{i + 1}"], [f"v{i}"]))
         value = f"v{i}"
     first = numpy_helper.from_array(np.ones((CHANNELS, 1, 1), np.float32), "k0")
-    return model([*nodes, conv(value, "y")], [KERNEL, first])
+    nodes += [conv(value, "last"), helper.make_node("Relu", ["last"], ["r"]), conv("r", "y")]
+    return model(nodes, [KERNEL, first])
 
 
 # ---- out of proportion

@@ -238,6 +238,12 @@ def test_a_quadratic_walk_would_be_seen() -> None:
     assert calls(lambda: quadratic(20)) > 3 * calls(lambda: quadratic(10))
 
 
+def test_what_follows_in_the_next_round_of_a_loop_is_seen(tmp_path: Path) -> None:
+    """The scores are an answer of the model, and features that a convolution reads: silencing them is not wrong."""
+    report = scan(written(costly.carried_back(), tmp_path))
+    assert [layer.name for layer in report.layers] == ["loop/body/inner", "loop/body/scores"]
+
+
 def test_a_chain_of_100000_nodes_is_scanned(tmp_path: Path) -> None:
     report = scan(written(costly.CHAINS["Relu"](100_000), tmp_path))
     assert [layer.name for layer in report.layers] == ["first"]
