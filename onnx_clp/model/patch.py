@@ -18,7 +18,6 @@ import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper
 
 from onnx_clp.errors import PayloadError
-from onnx_clp.limits import Meter
 from onnx_clp.model.constants import UNFIT, Constant, Constants, Derived
 from onnx_clp.model.edits import Edit, Span, length_delimited
 from onnx_clp.model.fold import per_axis
@@ -233,14 +232,33 @@ class _Planner:
             for position, value in enumerate(node.inputs)
         ]
         edges += [((MISSING, value), value) for value in self.graph.outputs]
-        known: dict[int, tuple[Place, ...]] = {}
+        places: dict[int, tuple[Place, ...]] = {}
         for edge, value in edges:
-            if value != MISSING and value not in known:
-                roots = list(_roots(self.constants.get(value), self.constants.meter))
-                known[value] = tuple(where for where in map(self.constants.place, roots) if where is not None)
-            for where in known.get(value, ()):
-                found[where].add(edge)
+            constant = self.constants.get(value) if value != MISSING else None
+            if constant is not None:
+                for where in self.places(constant, places):
+                    found[where].add(edge)
         return found
+
+    def places(self, constant: Constant, known: dict[int, tuple[Place, ...]]) -> tuple[Place, ...]:
+        """Where the stored tensors lie that ``constant`` is made of; ``known`` are those of constants met before."""
+        pending = [constant]
+        while pending:
+            top = pending[-1]
+            if id(top) in known:
+                pending.pop()
+                continue
+            operands = [part for part in top.operands if part is not None] if isinstance(top, Derived) else []
+            missing = [part for part in operands if id(part) not in known]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            where = self.constants.place(top) if isinstance(top, Stored) else None
+            made = dict.fromkeys(place for part in operands for place in known[id(part)])
+            self.constants.meter.touch(len(made))
+            known[id(top)] = tuple(made) if where is None else (where,)
+        return known[id(constant)]
 
     def patch(self, knob: Knob, channels: Sequence[int], silent: Array) -> _Patch | None:
         """What ``knob`` wants of a stored tensor, so that it reads ``silent``.
@@ -380,22 +398,6 @@ def _carrier(constant: Derived) -> Constant | None:
             if operand is not None and tuple(operand.shape) == constant.shape:
                 return operand
     return None
-
-
-def _roots(constant: Constant | None, meter: Meter) -> Iterator[Stored]:
-    """The stored tensors that ``constant`` is made of."""
-    pending = [constant]
-    seen: set[int] = set()
-    while pending:
-        top = pending.pop()
-        if top is None or id(top) in seen:
-            continue
-        seen.add(id(top))
-        meter.touch(0)
-        if isinstance(top, Stored):
-            yield top
-        elif isinstance(top, Derived):
-            pending += top.operands
 
 
 def _overlapping(places: Iterable[Place]) -> set[Place]:
