@@ -66,8 +66,8 @@ from onnx_clp.model import file
 
 walk = file.walk
 
-def faulty(source):
-    skeleton, layout = walk(source)
+def faulty(source, limits):
+    skeleton, layout = walk(source, limits)
     if b"GlobalMaxPool" in skeleton:
         os.abort()
     if b"GlobalAveragePool" in skeleton:
@@ -87,7 +87,7 @@ def test_planted_faults_are_found_kept_and_shown_again(tmp_path: Path) -> None:
     (planted / "sitecustomize.py").write_text(FAULTS, encoding="utf-8")
     done = fuzz("--seconds", "20", "--findings", str(found), planted=planted)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"exception-\w+: KeyError in _walk_model \(file.py", done.stdout), done.stdout
+    assert re.search(r"exception-\w+: KeyError in open_source \(file.py", done.stdout), done.stdout
     assert re.search(r"crash-\w+: the process ended with -6", done.stdout), done.stdout
     (raised,) = found.glob("exception-*.onnx")
     assert "planted" in raised.with_suffix(".txt").read_text(encoding="utf-8")
