@@ -31,6 +31,8 @@ ELEMENT_WORK: Final = 16
 STEP_WORK: Final = 1 << 14
 """What a step costs that touches few numbers, in the same unit: a microsecond of Python."""
 
+_LARGEST: Final = 10**18
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -57,8 +59,8 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not 0 < value < 1 << 62:
-                raise UsageError(f"the limit {field.name} is {value}", "give a number above 0")
+            if not 0 < value <= _LARGEST:
+                raise UsageError(f"the limit {field.name} is {value:.3g}", f"give a number from 1 to {_LARGEST:.0e}")
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -83,11 +85,11 @@ class Meter:
 
     def work(self, amount: int) -> None:
         """Spend ``amount`` multiply-adds. Raises PayloadError with the reason ``limit`` where that is too much."""
-        self._work += amount
-        if self._work > self.limits.work + WORK_PER_BYTE * self._disk:
+        if self._work + amount > self.limits.work + WORK_PER_BYTE * self._disk:
             raise PayloadError(
                 "analysing it would take more work than a file of this size is given (--limit work=…)", "limit"
             )
+        self._work += amount  # what was refused was not spent: it takes nothing from the layers after it
 
     def touch(self, elements: int) -> None:
         """Spend the work of one step that makes or reads ``elements`` numbers."""

@@ -41,9 +41,12 @@ def limit_numbers(_: click.Context, __: click.Parameter, values: tuple[str, ...]
         if name not in names:
             raise click.BadParameter(f"{value!r}: the limits are {', '.join(names)}; give one as nodes=2000000")
         try:
-            changed[name] = int(float(number))
+            whole = float(number)
+            changed[name] = int(whole)
         except (ValueError, OverflowError):
             raise click.BadParameter(f"{value!r}: give a number, as {name}=2000000 or {name}=2e6") from None
+        if changed[name] != whole:
+            raise click.BadParameter(f"{value!r}: give a whole number, as {name}=2000000 or {name}=2e6")
     return replace(DEFAULT_LIMITS, **changed)
 
 

@@ -16,6 +16,7 @@ import onnx
 from onnx_clp.errors import ModelFileError, UsageError
 from onnx_clp.evaluation.providers import CUDA, PROVIDERS, full_names, load, onnxruntime
 from onnx_clp.model.edits import length_delimited
+from onnx_clp.model.expand import build_graph
 from onnx_clp.model.file import ModelFile, open_model
 from onnx_clp.model.source import sha256_meanwhile
 from onnx_clp.model.wire import MODEL_GRAPH
@@ -105,9 +106,7 @@ def open_session(
     if watched:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     wanted = None if providers is None else full_names(providers)
-    with open_model(path) as file:
-        for location in file.locations():
-            file.data_file(location)
+    with _checked(path) as file:
         source = _with_outputs(file, watched) if watched else os.fspath(path)
         with sha256_meanwhile(file.source) as digest:
             runner, note = load(ort, path, source, options, wanted)
@@ -119,6 +118,23 @@ def open_session(
     return Session(
         path, sha256, runner, name, shape, dtype, outputs, tuple(runner.get_providers()), _assigned(runner), note
     )
+
+
+def _checked(path: Path) -> ModelFile:
+    """The model at ``path``, open, with its data files; onnxruntime is not to meet what a scan refuses as a whole."""
+    try:
+        file = open_model(path)
+        try:
+            for location in file.locations():
+                file.data_file(location)
+            build_graph(file)  # functions that call each other without end keep onnxruntime busy for ever
+        except BaseException:
+            file.close()
+            raise
+    except ModelFileError as error:
+        # An option that scan and sanitize have is no advice here.
+        raise ModelFileError(error.message, "" if "--" in error.hint else error.hint) from error
+    return file
 
 
 def _with_outputs(file: ModelFile, watched: Sequence[str]) -> bytes:

@@ -185,7 +185,7 @@ class _Walk:
         limit = min(self.limits.skeleton, SKELETON_LIMIT)
         if self.kept >= limit:
             raise ModelFileError(
-                f"{self.source.path} holds {limit >> 20:,} MiB or more besides its weights",
+                f"{self.source.path} holds {limit:,} bytes or more besides its weights",
                 f"more is read, up to 2 GiB, with --limit skeleton={min(4 * limit, SKELETON_LIMIT)}"
                 if limit < SKELETON_LIMIT
                 else "protobuf reads no more",

@@ -19,8 +19,8 @@ Style = Callable[[str, str], str]
 NAMES_SHOWN: Final = 3
 CHANNELS_SHOWN: Final = 5
 NAME_WIDTH: Final = 48
-_EXPLAINED: Final = frozenset({"unreadable", "no-data"})
-"""Reasons that lie in the file, where the first sentence helps most."""
+_EXPLAINED: Final = frozenset({"unreadable", "no-data", "limit"})
+"""Reasons of which the first sentence helps most."""
 
 _STATUS_WORDS: Final = {
     "too-few-channels": "too few channels to judge",
