@@ -643,6 +643,16 @@ def test_data_at_an_address_are_not_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded == []
 
 
+def test_what_a_scan_refuses_as_a_whole_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions that call each other twice each, forty deep: onnxruntime would expand them for hours."""
+    monkeypatch.setattr(session, "load", lambda *_: pytest.fail("onnxruntime was asked"))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(costly.called(40, 2).SerializeToString())
+    with pytest.raises(ModelFileError, match="more than 250,000 nodes") as refused:
+        open_session(path)
+    assert "--limit" not in str(refused.value)  # which here is a number of images
+
+
 def test_a_model_that_is_changed_while_it_is_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, load = linear(tmp_path / "m.onnx"), providers.load
 
@@ -665,6 +675,7 @@ STYLE = """
 import sys
 from pathlib import Path
 from onnx_clp.report import plot
+from tests.hostile import costly
 plot.picture_format(Path("a.png"))
 import matplotlib
 print(matplotlib.rcParams["backend"], matplotlib.rcParams["text.usetex"], "evil" in sys.modules, Path.cwd())
