@@ -39,6 +39,7 @@ from onnx_clp.evaluation.preprocess import transform
 from onnx_clp.evaluation.session import open_session
 from onnx_clp.evaluation.triggers import Generated, Patch, Trigger
 from onnx_clp.evaluation.unpickle import read_pickle
+from tests.hostile import costly
 
 ROOT = Path(onnx_clp.__file__).parents[1]
 RGB = Fit((6, 5), 3)
@@ -675,7 +676,6 @@ STYLE = """
 import sys
 from pathlib import Path
 from onnx_clp.report import plot
-from tests.hostile import costly
 plot.picture_format(Path("a.png"))
 import matplotlib
 print(matplotlib.rcParams["backend"], matplotlib.rcParams["text.usetex"], "evil" in sys.modules, Path.cwd())
