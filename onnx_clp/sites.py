@@ -326,12 +326,18 @@ class _Surveyor:
                 return True
             for reader in readers:
                 made = [output for output in reader.outputs if isinstance(self.trace.flows.get(output), Flow)]
-                if reader.index in self.normalised or reader.op_type in {"Add", "Sub", "Sum", "Concat"}:
+                if reader.index in self.normalised or self.joins(reader):
                     continue
                 if not made:
                     return True
                 pending += made
         return False
+
+    def joins(self, node: Node) -> bool:
+        """Whether other channels come to those that ``node`` reads: a constant added to them is not another way."""
+        if node.op_type not in {"Add", "Sub", "Sum", "Concat"}:
+            return False
+        return sum(value != MISSING and self.constants.get(value) is None for value in node.inputs) > 1
 
     # -- 2: convolutions with their normalisation folded in ------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from onnx_clp.shapes import Shapes
 
 _ONE_LIPSCHITZ: Final = frozenset(
     """Identity Cast Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg MaxPool AveragePool GlobalAveragePool
-    GlobalMaxPool Resize Upsample QuantizeLinear DequantizeLinear""".split()  # noqa: SIM905  # read as a sentence
+    GlobalMaxPool Resize Upsample""".split()  # noqa: SIM905  # read as a sentence
 )
 """Operators that keep the channels where they are and make no difference larger (rounding aside)."""
 
@@ -255,6 +255,11 @@ class _Tracer:
     def same(self, _: Node, flow: Flow) -> Result:
         return flow
 
+    def quantised(self, node: Node, flow: Flow) -> Result:
+        """QuantizeLinear and DequantizeLinear by one scale for all channels: a change of unit, and rounding."""
+        shape = self.constants.shape(node.input(1))
+        return flow if shape is not None and math.prod(shape) == 1 else None
+
     def batch_normalization(self, node: Node, flow: Flow) -> Result:
         shapes = {self.constants.shape(node.input(position)) for position in range(1, 5)}
         if shapes != {(flow.channels,)} or flow.axis not in {1, -1} or training_reason(node) is not None:
@@ -424,11 +429,13 @@ _OF_ONE: Final[Mapping[str, Callable[[_Tracer, Node, Flow], Result]]] = MappingP
     dict.fromkeys(_ONE_LIPSCHITZ, _Tracer.same)
     | {
         "BatchNormalization": _Tracer.batch_normalization,
+        "DequantizeLinear": _Tracer.quantised,
         "Dropout": _Tracer.dropout,
         "Flatten": _Tracer.flatten,
         "Gather": _Tracer.gather,
         "PRelu": _Tracer.prelu,
         "Pad": _Tracer.pad,
+        "QuantizeLinear": _Tracer.quantised,
         "Reshape": _Tracer.reshape,
         "Slice": _Tracer.slice,
         "Split": _Tracer.split,

@@ -7,7 +7,7 @@ elements are read and computed when asked for and not kept, since weights are la
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -114,6 +114,13 @@ class Constants:
     def place(self, tensor: Stored) -> Place | None:
         """Where the elements of ``tensor`` lie in a file; None where they lie in no order."""
         return place(self._file, tensor)
+
+    def external_ranges(self) -> dict[str, list[tuple[int, float]]]:
+        """By external data file the bytes that its tensors are, those that are no constants here among them."""
+        found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for location, start, end in self._file.external_ranges():
+            found[location].append((start, end))
+        return found
 
     def view(self, step: Derived, data: Array) -> Array:
         """What the shape-changing ``step`` makes of ``data`` in place of its first operand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 from collections import defaultdict
@@ -30,6 +31,9 @@ from onnx_clp.model.containment import (
 from onnx_clp.model.edits import Message, Span
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import Layout, Payload, walk
+
+_DIGITS: Final = 20
+"""Digits of the largest number that a place in a file has, and one more."""
 
 LOOK_WORK: Final = 1 << 16
 """What a look into a folder costs, in multiply-adds: some microseconds."""
@@ -82,6 +86,21 @@ class ModelFile:
                 entry: onnx.StringStringEntryProto = onnx.TensorProto.FromString(field_bytes).external_data[0]
                 if entry.key == "location":
                     yield span, enclosing, entry
+
+    def external_ranges(self) -> Iterator[tuple[str, int, float]]:
+        """For every tensor with external data, of whatever type and wherever in the file: location, start and end.
+
+        Where start or end is not said, or is no number, it is the furthest that it could be.
+        """
+        for payload in self.layout.payloads:
+            if not payload.external:
+                continue
+            fields = b"".join(self.source.read(span.start, len(span)) for span, _ in payload.external)
+            entries = {str(entry.key): entry.value for entry in onnx.TensorProto.FromString(fields).external_data}
+            offset, length = (str(entries.get(key, "")) for key in ("offset", "length"))
+            start = int(offset) if offset.isascii() and offset.isdecimal() and len(offset) < _DIGITS else 0
+            known = length.isascii() and length.isdecimal() and len(length) < _DIGITS and int(length)
+            yield normalised(entries.get("location", "")), start, start + int(length) if known else math.inf
 
     def locations(self) -> tuple[str, ...]:
         """The names of all external data files, in one spelling each, sorted."""

@@ -151,6 +151,13 @@ def _divide(left: Array, right: Array) -> Array:
     return np.asarray(np.where((left < 0) != (right < 0), -quotient, quotient)).astype(left.dtype)
 
 
+def _power(base: Array, exponent: Array) -> Array:
+    """Of equal float types only: ONNX keeps the type of the base (Pow, versions 12 to 15), NumPy the wider one."""
+    if base.dtype != exponent.dtype or base.dtype.kind in "iub":
+        raise ValueError(f"of {base.dtype} and {exponent.dtype}, which is not followed here")
+    return np.asarray(np.power(base, exponent))
+
+
 def _shape(node: Node, operands: Operands) -> Array:
     """The shape, or from version 15 on the part of it from ``start`` to ``end``."""
     shape = np.array(_first(operands).shape, np.int64)
@@ -245,7 +252,7 @@ OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxy
         "Identity": lambda _, operands: _first(operands),
         "Mul": _elementwise(np.multiply),
         "Neg": _elementwise(np.negative),
-        "Pow": _elementwise(np.power),
+        "Pow": _elementwise(_power),
         "QuantizeLinear": _quantize,
         "Reciprocal": _elementwise(np.reciprocal),
         "Reshape": _reshape,

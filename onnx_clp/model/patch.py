@@ -8,6 +8,7 @@ tensor stays as it is (*un-shared*).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +182,7 @@ class _Planner:
         if not patches:
             return []
         readers = self.readers()
-        overlapping = _overlapping(readers)
+        overlapping = _overlapping(readers) | self.crowded(patches)
         taken: list[_Patch] = []
         for where, group in list(patches.items()):
             agreed = len({patch.signature for patch in group}) == 1
@@ -190,6 +191,11 @@ class _Planner:
                 taken.append(group[0])
                 del patches[where]
         return taken
+
+    def crowded(self, places: Iterable[Place]) -> set[Place]:
+        """Those of ``places`` in external data of which another tensor, whatever it is, has bytes too."""
+        ranges = {location: _Ranges(found) for location, found in self.constants.external_ranges().items()}
+        return {where for where in places if where.location in ranges and ranges[where.location].several(where)}
 
     def change(self, knob: Knob, channels: Sequence[int]) -> _Patch | Array | None:
         """What makes ``channels`` silent: a patch in place, or else a constant of its own; None where they are."""
@@ -398,6 +404,18 @@ def _carrier(constant: Derived) -> Constant | None:
             if operand is not None and tuple(operand.shape) == constant.shape:
                 return operand
     return None
+
+
+class _Ranges:
+    """The bytes of the tensors in one file, sorted by where they start and by where they end."""
+
+    def __init__(self, ranges: Sequence[tuple[int, float]]) -> None:
+        self.starts = sorted(start for start, _ in ranges)
+        self.ends = sorted(end for _, end in ranges)
+
+    def several(self, where: Place) -> bool:
+        """Whether more than one of them has bytes in ``where``: those that start before its end, less those before."""
+        return bisect_left(self.starts, where.offset + where.length) - bisect_right(self.ends, where.offset) > 1
 
 
 def _overlapping(places: Iterable[Place]) -> set[Place]:
