@@ -3,7 +3,8 @@
 Names are resolved to numbered values by the scoping rules of the ONNX IR specification
 (https://onnx.ai/onnx/repo-docs/IR.html): a subgraph sees the names of the graphs around it, a function body sees only
 its own. A model-local function is expanded at every call, so each call has nodes of its own. What enters and leaves a
-subgraph becomes a *link*, a node without a prototype whose ``op_type`` is that of the control-flow operator.
+subgraph of If, Loop or Scan becomes a *link*, a node without a prototype whose ``op_type`` is that of the operator.
+Any other operator with graphs stays a node: what it does with them is not known.
 
 Where a file breaks those rules, names are resolved as onnxruntime does, and the ambiguity is noted: of several
 definitions of one name in one graph the last counts, where dense initializers come first, then Constant nodes, then
@@ -208,9 +209,10 @@ class _Builder:
             for attribute in attributes.values()
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
         ]
-        if subgraphs:
-            self.control_flow(proto.op_type, name, scope, inputs, outputs, attributes, subgraphs)
+        if subgraphs and not domain and op_type in _CONTROL_FLOW:
+            self.control_flow(op_type, name, scope, inputs, outputs, attributes, subgraphs)
             return
+        deciding = tuple(self.unknown_use(attribute, graph, name, scope) for attribute, graph in subgraphs)
         self.drafts.append(
             Node(
                 MISSING,
@@ -222,6 +224,7 @@ class _Builder:
                 outputs,
                 attributes,
                 self.file.layout.nodes[int(proto.doc_string)],
+                deciding=deciding,
             )
         )
 
@@ -295,24 +298,37 @@ class _Builder:
         attributes: Attributes,
         subgraphs: list[tuple[str, onnx.GraphProto]],
     ) -> None:
-        """Add the subgraphs of If, Loop, Scan or another operator with graphs, and the links into and out of them."""
-        entered: list[tuple[int, ...]] = []
-        made: list[tuple[int, ...]] = []
-        for attribute, graph in subgraphs:
-            inner = _Scope(
-                f"{name}/{attribute}/"[:NAME_LIMIT], scope.opsets, parent=scope, call=scope.call, chain=scope.chain
-            )
-            entered.append(tuple(self.declare(info.name, inner) for info in graph.input))
-            self.graph(graph, inner)
-            made.append(tuple(self.resolve(info.name, inner) for info in graph.output))
-        for formals, results in zip(entered, made, strict=True):
+        """Add the subgraphs of an If, Loop or Scan, and the links into and out of them."""
+        ends = [self.subgraph(attribute, graph, name, scope) for attribute, graph in subgraphs]
+        for formals, results in ends:
             for formal, source, carried in _entries(op_type, attributes, inputs, formals, results):
                 self.link(op_type, name, (source,) if source != MISSING else (), formal, carried)
         condition_first = 1 if op_type == "Loop" else 0  # a Loop body gives its condition before its results
         for position, target in enumerate(outputs, condition_first):
-            sources = tuple(results[position] for results in made if position < len(results))
+            sources = tuple(results[position] for _, results in ends if position < len(results))
             if target != MISSING:
-                self.link(op_type, name, sources if op_type in _CONTROL_FLOW else (*inputs, *sources), target)
+                self.link(op_type, name, sources, target)
+
+    def unknown_use(self, attribute: str, graph: onnx.GraphProto, name: str, scope: _Scope) -> int:
+        """Add a graph of an operator that may do anything with it: its inputs come from nowhere, its results may count.
+
+        They enter a link, since a reader that has them among no inputs is not looked for; the value that it makes.
+        """
+        _, results = self.subgraph(attribute, graph, name, scope)
+        used = self.value(attribute)
+        self.link("Graph", name, results, used)
+        return used
+
+    def subgraph(
+        self, attribute: str, graph: onnx.GraphProto, name: str, scope: _Scope
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Add a graph of the node ``name``; its inputs, which nothing makes yet, and its results."""
+        inner = _Scope(
+            f"{name}/{attribute}/"[:NAME_LIMIT], scope.opsets, parent=scope, call=scope.call, chain=scope.chain
+        )
+        formals = tuple(self.declare(info.name, inner) for info in graph.input)
+        self.graph(graph, inner)
+        return formals, tuple(self.resolve(info.name, inner) for info in graph.output)
 
 
 _CONTROL_FLOW: Final = frozenset({"If", "Loop", "Scan"})
@@ -331,7 +347,7 @@ def _entries(
     scanned = attributes["num_scan_inputs"].i if op_type == "Scan" and "num_scan_inputs" in attributes else 0
     for position, formal in enumerate(formals):
         outer = position + first
-        source = inputs[outer] if op_type in _CONTROL_FLOW and 0 <= outer < len(inputs) else MISSING
+        source = inputs[outer] if 0 <= outer < len(inputs) else MISSING
         if op_type == "Loop":
             carried = results[position - 1 : position] if position else ()
             source = source if position else MISSING
@@ -391,7 +407,7 @@ def _build(file: ModelFile) -> Graph:
     producers = {value: node for node in nodes for value in node.outputs if value != MISSING}
     consumers: dict[int, list[Node]] = {}
     for node in nodes:
-        for value in (*node.inputs, *node.carried):
+        for value in (*node.inputs, *node.carried, *node.deciding):
             consumers.setdefault(value, []).append(node)
     outputs = frozenset(builder.resolve(info.name, scope) for info in proto.output)
     return Graph(
@@ -443,5 +459,5 @@ def _live(outputs: frozenset[int], producers: Mapping[int, Node]) -> frozenset[i
         node = producers.get(pending.pop())
         if node is not None and node.index not in live:
             live.add(node.index)
-            pending += (*node.inputs, *node.carried)
+            pending += (*node.inputs, *node.carried, *node.deciding)
     return frozenset(live)

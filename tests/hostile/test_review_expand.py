@@ -1,0 +1,102 @@
+"""Operators with graphs, and what calls and graphs cost: what a review of the expansion found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import NodeProto, TensorProto, helper
+
+from onnx_clp import scan
+from tests.hostile import costly
+
+
+def written(made: onnx.ModelProto | bytes, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    path.write_bytes(made if isinstance(made, bytes) else made.SerializeToString())
+    return path
+
+
+def info(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+
+def subgraph(nodes: list[NodeProto], output: str, inputs: tuple[str, ...] = ()) -> onnx.GraphProto:
+    return helper.make_graph(nodes, "inner", [info(name) for name in inputs], [info(output)])
+
+
+EMPTY = helper.make_graph([], "empty", [], [])
+
+
+def with_graph(op: str, inputs: list[str], output: str, graph: onnx.GraphProto = EMPTY, domain: str = "") -> NodeProto:
+    """A node with an attribute that is a graph."""
+    return helper.make_node(op, inputs, [output], name=output, domain=domain, g=graph)
+
+
+def model(nodes: list[NodeProto], *initializers: TensorProto) -> onnx.ModelProto:
+    made = costly.model(nodes, [costly.KERNEL, costly.ONES, *initializers])
+    made.opset_import.append(helper.make_opsetid("evil", 1))
+    return made
+
+
+# ---- operators with graphs
+
+
+@pytest.mark.parametrize("op", ["MyConv", "Conv", "BatchNormalization"])
+def test_an_operator_of_another_domain_with_a_graph_is_skipped_and_said(op: str, tmp_path: Path) -> None:
+    inputs = ["r", "w"] if "Conv" in op else ["r", "ones", "ones", "ones", "ones"]
+    nodes = [
+        costly.conv("x", "c"),
+        helper.make_node("Relu", ["c"], ["r"]),
+        with_graph(op, inputs, "d", domain="evil"),
+        helper.make_node("Relu", ["d"], ["e"]),
+        costly.conv("e", "y"),
+    ]
+    report = scan(written(model(nodes), tmp_path))
+    skipped = {part.name: (part.operator, part.reason) for part in report.skipped}
+    assert skipped["d"] == (f"evil.{op}", "custom-operator")
+    assert "d" not in {layer.name for layer in report.layers}
+    assert not report.complete
+
+
+def test_a_weight_out_of_an_identity_of_another_domain_with_a_graph_is_not_known(tmp_path: Path) -> None:
+    nodes = [
+        with_graph("Identity", ["w"], "v", domain="evil"),
+        costly.conv("x", "c", "v"),
+        helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    report = scan(written(model(nodes), tmp_path))
+    assert [(part.name, part.reason) for part in report.skipped] == [("c", "custom-operator")]
+
+
+@pytest.mark.parametrize("op", ["Conv", "BatchNormalization"])
+def test_a_standard_operator_with_a_graph_beside_is_judged(op: str, tmp_path: Path) -> None:
+    inputs = ["r", "w"] if op == "Conv" else ["r", "ones", "ones", "ones", "ones"]
+    nodes = [
+        costly.conv("x", "r"),
+        with_graph(op, inputs, "d"),
+        helper.make_node("Relu", ["d"], ["y"]),
+    ]
+    assert "d" in {layer.name for layer in scan(written(model(nodes), tmp_path)).layers}
+
+
+@pytest.mark.parametrize(("op", "domain"), [("Foreign", "evil"), ("If", "evil"), ("Add", ""), ("Conv", "")])
+def test_what_the_graph_of_another_operator_holds_and_reads_is_judged(op: str, domain: str, tmp_path: Path) -> None:
+    """No runtime need leave the results of such a graph alone, so nothing that they depend on is unused."""
+    inner = subgraph([costly.conv("outer", "inner"), costly.conv("given", "other")], "inner", ("given",))
+    second = "w" if op == "Conv" else "ones"
+    nodes = [
+        costly.conv("x", "outer"),
+        with_graph(op, ["x", second], "d", inner, domain),
+        helper.make_node("Relu", ["d"], ["y"]),
+    ]
+    report = scan(written(model(nodes), tmp_path))
+    assert {layer.name for layer in report.layers} >= {"outer", "d/g/inner"}
+    assert ("d/g/other", "unused") in {(part.name, part.reason) for part in report.skipped}
+
+
+def test_a_result_of_a_graph_that_is_read_by_a_standard_operator_alone_ends_its_tail(tmp_path: Path) -> None:
+    """An Add that has the value in its graph and among no inputs adds nothing to it."""
+    nodes = [costly.conv("x", "c"), with_graph("Add", ["x", "ones"], "y", subgraph([], "c"))]
+    assert [layer.name for layer in scan(written(model(nodes), tmp_path)).layers] == ["c"]
