@@ -209,7 +209,7 @@ class _Builder:
             for attribute in attributes.values()
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
         ]
-        if subgraphs and not domain and op_type in _CONTROL_FLOW:
+        if subgraphs and not domain and op_type in _DECIDING:
             self.control_flow(op_type, name, scope, inputs, outputs, attributes, subgraphs)
             return
         deciding = tuple(self.unknown_use(attribute, graph, name, scope) for attribute, graph in subgraphs)
@@ -252,10 +252,18 @@ class _Builder:
         hidden = isinstance(self.initializers.get(output), onnx.SparseTensorProto)
         return self.value(self.names[output]) if hidden else output
 
-    def link(self, op_type: str, name: str, source: Iterable[int], target: int, carried: tuple[int, ...] = ()) -> None:
+    def link(
+        self,
+        op_type: str,
+        name: str,
+        source: Iterable[int],
+        target: int,
+        carried: tuple[int, ...] = (),
+        deciding: tuple[int, ...] = (),
+    ) -> None:
         self.spend(1)
         inputs, nothing = tuple(source), MappingProxyType[str, onnx.AttributeProto]({})
-        self.drafts.append(Node(MISSING, op_type, "", 0, name, inputs, (target,), nothing, None, carried))
+        self.drafts.append(Node(MISSING, op_type, "", 0, name, inputs, (target,), nothing, None, carried, deciding))
 
     def function(
         self,
@@ -303,11 +311,15 @@ class _Builder:
         for formals, results in ends:
             for formal, source, carried in _entries(op_type, attributes, inputs, formals, results):
                 self.link(op_type, name, (source,) if source != MISSING else (), formal, carried)
+        # Which branch runs, and how often a body does, is not in the channels that come out.
+        deciding = inputs[: _DECIDING[op_type]]
+        if op_type == "Loop":
+            deciding += tuple(results[0] for _, results in ends if results)
         condition_first = 1 if op_type == "Loop" else 0  # a Loop body gives its condition before its results
         for position, target in enumerate(outputs, condition_first):
             sources = tuple(results[position] for _, results in ends if position < len(results))
             if target != MISSING:
-                self.link(op_type, name, sources, target)
+                self.link(op_type, name, sources, target, deciding=deciding)
 
     def unknown_use(self, attribute: str, graph: onnx.GraphProto, name: str, scope: _Scope) -> int:
         """Add a graph of an operator that may do anything with it: its inputs come from nowhere, its results may count.
@@ -331,7 +343,8 @@ class _Builder:
         return formals, tuple(self.resolve(info.name, inner) for info in graph.output)
 
 
-_CONTROL_FLOW: Final = frozenset({"If", "Loop", "Scan"})
+_DECIDING: Final = MappingProxyType({"If": 1, "Loop": 2, "Scan": 0})
+"""Operators of control flow, and how many of their first inputs say what runs: condition, trip count."""
 
 
 def _entries(

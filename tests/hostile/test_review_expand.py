@@ -100,3 +100,57 @@ def test_a_result_of_a_graph_that_is_read_by_a_standard_operator_alone_ends_its_
     """An Add that has the value in its graph and among no inputs adds nothing to it."""
     nodes = [costly.conv("x", "c"), with_graph("Add", ["x", "ones"], "y", subgraph([], "c"))]
     assert [layer.name for layer in scan(written(model(nodes), tmp_path)).layers] == ["c"]
+
+
+# ---- what decides
+
+
+def decided_by(value: str) -> list[NodeProto]:
+    """A convolution of x, pooled and compared: whether ``value`` is so."""
+    return [
+        costly.conv("x", "seen"),
+        helper.make_node("ReduceMax", ["seen"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "zero"], [value]),
+    ]
+
+
+ZERO = helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])
+TWICE = helper.make_tensor("twice", TensorProto.INT64, [], [2])
+
+
+def looping(times: str, first: str, inner: list[NodeProto], last: str) -> NodeProto:
+    body = helper.make_graph(
+        [*inner, helper.make_node("Relu", ["state"], ["next"])],
+        "body",
+        [info("i"), info("going"), info("state")],
+        [info(last), info("next")],
+    )
+    return helper.make_node("Loop", [times, first, "x"], ["y"], name="loop", body=body)
+
+
+DECIDED = {
+    "if": lambda: [
+        *decided_by("is"),
+        helper.make_node(
+            "If",
+            ["is"],
+            ["y"],
+            then_branch=subgraph([helper.make_node("Relu", ["x"], ["a"])], "a"),
+            else_branch=subgraph([helper.make_node("Neg", ["x"], ["b"])], "b"),
+        ),
+    ],
+    "loop, whether it begins": lambda: [*decided_by("is"), looping("twice", "is", [], "going")],
+    "loop, how often": lambda: [
+        *decided_by("is"),
+        helper.make_node("Cast", ["is"], ["times"], to=TensorProto.INT64),
+        looping("times", "", [], "going"),
+    ],
+    "loop, whether it goes on": lambda: [looping("twice", "", decided_by("is"), "is")],
+}
+
+
+@pytest.mark.parametrize("case", DECIDED)
+def test_what_decides_what_runs_is_not_unused(case: str, tmp_path: Path) -> None:
+    report = scan(written(model(DECIDED[case](), ZERO, TWICE), tmp_path))
+    assert [layer.name.rpartition("/")[2] for layer in report.layers] == ["seen"]
+    assert not report.skipped
