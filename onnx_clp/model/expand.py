@@ -37,6 +37,9 @@ BYTES_PER_NODE: Final = 256
 CALL_DEPTH_LIMIT: Final = 64
 """Functions calling functions; deeper chains are not found in exported models."""
 
+DEPTH_LIMIT: Final = 100
+"""Calls and graphs within each other; each takes a few of the 1000 steps that Python goes into itself."""
+
 
 @dataclass(slots=True)
 class _Scope:
@@ -52,6 +55,7 @@ class _Scope:
     call: Attributes | None = None
     chain: tuple[str, ...] = ()
     formals: frozenset[str] = frozenset()
+    depth: int = 0
 
     def find(self, name: str) -> int | None:
         scope: _Scope | None = self
@@ -184,6 +188,8 @@ class _Builder:
     def node(self, proto: onnx.NodeProto, scope: _Scope) -> None:
         """Add one node; a call of a model-local function adds the nodes of its body."""
         self.spend(1)
+        if scope.depth > DEPTH_LIMIT:
+            raise ModelFileError(f"{self.file.path} has calls and graphs within each other {DEPTH_LIMIT} deep")
         own_name = _text(proto.name) or next(iter(proto.output), "") or _text(proto.op_type)
         name = (scope.path + own_name)[:NAME_LIMIT] if scope.path else own_name
         op_type, domain = _text(proto.op_type), _domain(proto.domain)
@@ -202,7 +208,7 @@ class _Builder:
             if key not in self.sizes:
                 self.sizes[key] = function.ByteSize()
             self.spend(self.sizes[key] // BYTES_PER_NODE)
-            self.function(function, name, inputs, outputs, attributes, (*scope.chain, key))
+            self.function(function, name, inputs, outputs, attributes, (*scope.chain, key), scope.depth + 1)
             return
         subgraphs = [
             (attribute.name, graph)
@@ -273,6 +279,7 @@ class _Builder:
         outputs: tuple[int, ...],
         attributes: Attributes,
         chain: tuple[str, ...],
+        depth: int,
     ) -> None:
         """Add the body of ``function`` for one call."""
         defaults: dict[str, onnx.AttributeProto] = {}
@@ -284,7 +291,7 @@ class _Builder:
         opsets = {_domain(entry.domain): entry.version for entry in function.opset_import}
         formals = frozenset(function.input)
         path = f"{name}/"[:NAME_LIMIT]
-        scope = _Scope(path, opsets, call={**defaults, **attributes}, chain=chain, formals=formals)
+        scope = _Scope(path, opsets, call={**defaults, **attributes}, chain=chain, formals=formals, depth=depth)
         for position, formal in enumerate(function.input):
             given = inputs[position] if position < len(inputs) else MISSING
             twice = formal in scope.values
@@ -335,9 +342,8 @@ class _Builder:
         self, attribute: str, graph: onnx.GraphProto, name: str, scope: _Scope
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Add a graph of the node ``name``; its inputs, which nothing makes yet, and its results."""
-        inner = _Scope(
-            f"{name}/{attribute}/"[:NAME_LIMIT], scope.opsets, parent=scope, call=scope.call, chain=scope.chain
-        )
+        path, depth = f"{name}/{attribute}/"[:NAME_LIMIT], scope.depth + 1
+        inner = _Scope(path, scope.opsets, parent=scope, call=scope.call, chain=scope.chain, depth=depth)
         formals = tuple(self.declare(info.name, inner) for info in graph.input)
         self.graph(graph, inner)
         return formals, tuple(self.resolve(info.name, inner) for info in graph.output)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
-from onnx_clp import scan
+from onnx_clp import ModelFileError, scan
 from tests.hostile import costly
 
 
@@ -154,3 +154,32 @@ def test_what_decides_what_runs_is_not_unused(case: str, tmp_path: Path) -> None
     report = scan(written(model(DECIDED[case](), ZERO, TWICE), tmp_path))
     assert [layer.name.rpartition("/")[2] for layer in report.layers] == ["seen"]
     assert not report.skipped
+
+
+# ---- depth
+
+
+def deep(functions: int, ifs: int) -> onnx.ModelProto:
+    """Functions of which each calls the next within Ifs within each other."""
+    bodies = []
+    for i in range(functions):
+        kind, domain = ("Relu", "") if i == functions - 1 else (f"f{i + 1}", "d")
+        node = helper.make_node(kind, ["a"], ["b"], domain=domain)
+        for _ in range(ifs):
+            node = helper.make_node("If", ["a"], ["b"], then_branch=subgraph([node], "b"))
+        bodies.append(costly.function(f"f{i}", [node]))
+    nodes = [costly.conv("x", "c"), helper.make_node("f0", ["c"], ["v"], domain="d"), costly.conv("v", "y")]
+    return costly.model(nodes, [costly.KERNEL], bodies)
+
+
+@pytest.mark.parametrize(("functions", "ifs"), [(51, 20), (50, 2), (10, 10)])
+def test_calls_within_graphs_within_calls_are_refused_where_they_are_too_deep(
+    functions: int, ifs: int, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelFileError, match="calls and graphs within each other 100 deep"):
+        scan(written(deep(functions, ifs), tmp_path))
+
+
+@pytest.mark.parametrize(("functions", "ifs"), [(4, 24), (50, 1), (60, 0)])
+def test_calls_and_graphs_just_as_deep_as_they_may_be_are_read(functions: int, ifs: int, tmp_path: Path) -> None:
+    assert [layer.name for layer in scan(written(deep(functions, ifs), tmp_path)).layers] == ["c"]
