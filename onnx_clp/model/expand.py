@@ -13,7 +13,7 @@ sparse initializers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from types import MappingProxyType
@@ -33,6 +33,9 @@ NAME_LIMIT: Final = 1000
 
 BYTES_PER_NODE: Final = 256
 """Bytes of a called function that count as one node more: every call reads its names and attributes again."""
+
+PARTS_PER_NODE: Final = 8
+"""Inputs, outputs and attributes, of nodes, graphs and functions, that count as one node more."""
 
 CALL_DEPTH_LIMIT: Final = 64
 """Functions calling functions; deeper chains are not found in exported models."""
@@ -96,7 +99,8 @@ class _Builder:
 
     def graph(self, proto: onnx.GraphProto, scope: _Scope) -> None:
         """Add the nodes and initializers of ``proto``, whose inputs ``scope`` may already know."""
-        self.spend(len(proto.initializer) + len(proto.sparse_initializer))
+        self.spend(1 + len(proto.initializer) + len(proto.sparse_initializer))
+        self.spend_parts(proto.input, proto.output, proto.value_info)
         for tensor in proto.initializer:
             self.initializer(tensor, (tensor,), scope)
         for sparse in proto.sparse_initializer:
@@ -162,6 +166,7 @@ class _Builder:
         """Add ``nodes``. Outputs are declared first, since the order of the nodes is not trusted."""
         nodes = tuple(nodes)
         for node in nodes:
+            self.spend_parts(node.input, node.output, node.attribute)
             for name in node.output:
                 if name:
                     self.define(name, scope)
@@ -184,6 +189,10 @@ class _Builder:
                 f"{self.file.path} has more than {limit:,} nodes and tensors, with every call of a function counted",
                 f"if that is what it should have, raise the limit: --limit nodes={10 * limit}",
             )
+
+    def spend_parts(self, *parts: Sized) -> None:
+        """Count what is read, and kept, again at every call."""
+        self.spend(sum(map(len, parts)) // PARTS_PER_NODE)
 
     def node(self, proto: onnx.NodeProto, scope: _Scope) -> None:
         """Add one node; a call of a model-local function adds the nodes of its body."""
@@ -282,6 +291,7 @@ class _Builder:
         depth: int,
     ) -> None:
         """Add the body of ``function`` for one call."""
+        self.spend_parts(function.input, function.output, function.attribute_proto, function.opset_import)
         defaults: dict[str, onnx.AttributeProto] = {}
         for attribute in function.attribute_proto:
             if attribute.name in defaults:
@@ -314,6 +324,7 @@ class _Builder:
         subgraphs: list[tuple[str, onnx.GraphProto]],
     ) -> None:
         """Add the subgraphs of an If, Loop or Scan, and the links into and out of them."""
+        self.spend(len(outputs) * len(subgraphs) // PARTS_PER_NODE)  # each output may have a source in each
         ends = [self.subgraph(attribute, graph, name, scope) for attribute, graph in subgraphs]
         for formals, results in ends:
             for formal, source, carried in _entries(op_type, attributes, inputs, formals, results):

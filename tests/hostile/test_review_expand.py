@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
-from onnx_clp import ModelFileError, scan
+from onnx_clp import Limits, ModelFileError, scan
 from tests.hostile import costly
 
 
@@ -183,3 +184,58 @@ def test_calls_within_graphs_within_calls_are_refused_where_they_are_too_deep(
 @pytest.mark.parametrize(("functions", "ifs"), [(4, 24), (50, 1), (60, 0)])
 def test_calls_and_graphs_just_as_deep_as_they_may_be_are_read(functions: int, ifs: int, tmp_path: Path) -> None:
     assert [layer.name for layer in scan(written(deep(functions, ifs), tmp_path)).layers] == ["c"]
+
+
+# ---- how much a call or a link holds
+
+
+def names(count: int) -> list[str]:
+    return [f"n{i}" for i in range(count)]
+
+
+def many_outputs_of_many_graphs() -> onnx.ModelProto:
+    node = helper.make_node("If", ["x"], ["y", *names(2000)], g=[EMPTY] * 2000)
+    return costly.model([costly.conv("x", "c"), node], [costly.KERNEL])
+
+
+def called_often(body: NodeProto, calls: int = 200) -> onnx.ModelProto:
+    """A function that holds ``body`` is called often."""
+    nodes = [helper.make_node("f", ["x"], [f"v{i}"], domain="d") for i in range(calls)]
+    return costly.model([*nodes, costly.conv("v0", "y")], [costly.KERNEL], [costly.function("f", [body])])
+
+
+def with_attributes() -> NodeProto:
+    node = helper.make_node("X", ["a"], ["b"], domain="evil")
+    for _ in range(5000):
+        node.attribute.add()
+    return node
+
+
+def with_results_in_a_graph() -> NodeProto:
+    node = helper.make_node("If", ["a"], ["b"])
+    node.attribute.append(helper.make_attribute("g", helper.make_graph([], "g", [], [onnx.ValueInfoProto()] * 5000)))
+    return node
+
+
+COSTLY: dict[str, Callable[[], onnx.ModelProto]] = {
+    "outputs of graphs": many_outputs_of_many_graphs,
+    "outputs": lambda: called_often(helper.make_node("X", ["a"], ["b", *names(5000)], domain="evil")),
+    "inputs": lambda: called_often(helper.make_node("X", ["a"] * 5000, ["b"], domain="evil")),
+    "attributes": lambda: called_often(with_attributes()),
+    "outputs of a graph": lambda: called_often(with_results_in_a_graph()),
+    "graphs": lambda: called_often(helper.make_node("If", ["a"], ["b"], g=[EMPTY] * 1000)),
+}
+
+
+@pytest.mark.parametrize("case", COSTLY)
+def test_what_each_call_and_each_graph_holds_counts(case: str, tmp_path: Path) -> None:
+    """Each would be within the limit by its nodes and bytes alone."""
+    path = written(COSTLY[case](), tmp_path)
+    with pytest.raises(ModelFileError, match="has more than 50,000 nodes and tensors, with every call"):
+        scan(path, limits=Limits(nodes=50_000))
+
+
+def test_many_inputs_and_outputs_without_many_calls_are_read(tmp_path: Path) -> None:
+    nodes = [costly.conv("x", "c"), helper.make_node("X", ["c"] * 20_000, ["v", *names(20_000)], domain="evil")]
+    report = scan(written(model([*nodes, with_graph("X", ["v"] * 20_000, "u"), costly.conv("v", "y")]), tmp_path))
+    assert [layer.name for layer in report.layers] == ["c"]
