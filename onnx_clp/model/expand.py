@@ -3,7 +3,8 @@
 Names are resolved to numbered values by the scoping rules of the ONNX IR specification
 (https://onnx.ai/onnx/repo-docs/IR.html): a subgraph sees the names of the graphs around it, a function body sees only
 its own. A model-local function is expanded at every call, so each call has nodes of its own. What enters and leaves a
-subgraph becomes a *link*, a node without a prototype whose ``op_type`` is that of the control-flow operator.
+subgraph of If, Loop or Scan becomes a *link*, a node without a prototype whose ``op_type`` is that of the operator.
+Any other operator with graphs stays a node: what it does with them is not known.
 
 Where a file breaks those rules, names are resolved as onnxruntime does, and the ambiguity is noted: of several
 definitions of one name in one graph the last counts, where dense initializers come first, then Constant nodes, then
@@ -12,7 +13,7 @@ sparse initializers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from types import MappingProxyType
@@ -33,8 +34,14 @@ NAME_LIMIT: Final = 1000
 BYTES_PER_NODE: Final = 256
 """Bytes of a called function that count as one node more: every call reads its names and attributes again."""
 
+PARTS_PER_NODE: Final = 8
+"""Inputs, outputs and attributes, of nodes, graphs and functions, that count as one node more."""
+
 CALL_DEPTH_LIMIT: Final = 64
 """Functions calling functions; deeper chains are not found in exported models."""
+
+DEPTH_LIMIT: Final = 100
+"""Calls and graphs within each other; each takes a few of the 1000 steps that Python goes into itself."""
 
 
 @dataclass(slots=True)
@@ -51,6 +58,7 @@ class _Scope:
     call: Attributes | None = None
     chain: tuple[str, ...] = ()
     formals: frozenset[str] = frozenset()
+    depth: int = 0
 
     def find(self, name: str) -> int | None:
         scope: _Scope | None = self
@@ -91,7 +99,8 @@ class _Builder:
 
     def graph(self, proto: onnx.GraphProto, scope: _Scope) -> None:
         """Add the nodes and initializers of ``proto``, whose inputs ``scope`` may already know."""
-        self.spend(len(proto.initializer) + len(proto.sparse_initializer))
+        self.spend(1 + len(proto.initializer) + len(proto.sparse_initializer))
+        self.spend_parts(proto.input, proto.output, proto.value_info)
         for tensor in proto.initializer:
             self.initializer(tensor, (tensor,), scope)
         for sparse in proto.sparse_initializer:
@@ -157,6 +166,7 @@ class _Builder:
         """Add ``nodes``. Outputs are declared first, since the order of the nodes is not trusted."""
         nodes = tuple(nodes)
         for node in nodes:
+            self.spend_parts(node.input, node.output, node.attribute)
             for name in node.output:
                 if name:
                     self.define(name, scope)
@@ -180,9 +190,15 @@ class _Builder:
                 f"if that is what it should have, raise the limit: --limit nodes={10 * limit}",
             )
 
+    def spend_parts(self, *parts: Sized) -> None:
+        """Count what is read, and kept, again at every call."""
+        self.spend(sum(map(len, parts)) // PARTS_PER_NODE)
+
     def node(self, proto: onnx.NodeProto, scope: _Scope) -> None:
         """Add one node; a call of a model-local function adds the nodes of its body."""
         self.spend(1)
+        if scope.depth > DEPTH_LIMIT:
+            raise ModelFileError(f"{self.file.path} has calls and graphs within each other {DEPTH_LIMIT} deep")
         own_name = _text(proto.name) or next(iter(proto.output), "") or _text(proto.op_type)
         name = (scope.path + own_name)[:NAME_LIMIT] if scope.path else own_name
         op_type, domain = _text(proto.op_type), _domain(proto.domain)
@@ -201,16 +217,17 @@ class _Builder:
             if key not in self.sizes:
                 self.sizes[key] = function.ByteSize()
             self.spend(self.sizes[key] // BYTES_PER_NODE)
-            self.function(function, name, inputs, outputs, attributes, (*scope.chain, key))
+            self.function(function, name, inputs, outputs, attributes, (*scope.chain, key), scope.depth + 1)
             return
         subgraphs = [
             (attribute.name, graph)
             for attribute in attributes.values()
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
         ]
-        if subgraphs:
-            self.control_flow(proto.op_type, name, scope, inputs, outputs, attributes, subgraphs)
+        if subgraphs and not domain and op_type in _DECIDING:
+            self.control_flow(op_type, name, scope, inputs, outputs, attributes, subgraphs)
             return
+        deciding = tuple(self.unknown_use(attribute, graph, name, scope) for attribute, graph in subgraphs)
         self.drafts.append(
             Node(
                 MISSING,
@@ -222,6 +239,7 @@ class _Builder:
                 outputs,
                 attributes,
                 self.file.layout.nodes[int(proto.doc_string)],
+                deciding=deciding,
             )
         )
 
@@ -249,10 +267,18 @@ class _Builder:
         hidden = isinstance(self.initializers.get(output), onnx.SparseTensorProto)
         return self.value(self.names[output]) if hidden else output
 
-    def link(self, op_type: str, name: str, source: Iterable[int], target: int, carried: tuple[int, ...] = ()) -> None:
+    def link(
+        self,
+        op_type: str,
+        name: str,
+        source: Iterable[int],
+        target: int,
+        carried: tuple[int, ...] = (),
+        deciding: tuple[int, ...] = (),
+    ) -> None:
         self.spend(1)
         inputs, nothing = tuple(source), MappingProxyType[str, onnx.AttributeProto]({})
-        self.drafts.append(Node(MISSING, op_type, "", 0, name, inputs, (target,), nothing, None, carried))
+        self.drafts.append(Node(MISSING, op_type, "", 0, name, inputs, (target,), nothing, None, carried, deciding))
 
     def function(
         self,
@@ -262,8 +288,10 @@ class _Builder:
         outputs: tuple[int, ...],
         attributes: Attributes,
         chain: tuple[str, ...],
+        depth: int,
     ) -> None:
         """Add the body of ``function`` for one call."""
+        self.spend_parts(function.input, function.output, function.attribute_proto, function.opset_import)
         defaults: dict[str, onnx.AttributeProto] = {}
         for attribute in function.attribute_proto:
             if attribute.name in defaults:
@@ -273,7 +301,7 @@ class _Builder:
         opsets = {_domain(entry.domain): entry.version for entry in function.opset_import}
         formals = frozenset(function.input)
         path = f"{name}/"[:NAME_LIMIT]
-        scope = _Scope(path, opsets, call={**defaults, **attributes}, chain=chain, formals=formals)
+        scope = _Scope(path, opsets, call={**defaults, **attributes}, chain=chain, formals=formals, depth=depth)
         for position, formal in enumerate(function.input):
             given = inputs[position] if position < len(inputs) else MISSING
             twice = formal in scope.values
@@ -295,27 +323,45 @@ class _Builder:
         attributes: Attributes,
         subgraphs: list[tuple[str, onnx.GraphProto]],
     ) -> None:
-        """Add the subgraphs of If, Loop, Scan or another operator with graphs, and the links into and out of them."""
-        entered: list[tuple[int, ...]] = []
-        made: list[tuple[int, ...]] = []
-        for attribute, graph in subgraphs:
-            inner = _Scope(
-                f"{name}/{attribute}/"[:NAME_LIMIT], scope.opsets, parent=scope, call=scope.call, chain=scope.chain
-            )
-            entered.append(tuple(self.declare(info.name, inner) for info in graph.input))
-            self.graph(graph, inner)
-            made.append(tuple(self.resolve(info.name, inner) for info in graph.output))
-        for formals, results in zip(entered, made, strict=True):
+        """Add the subgraphs of an If, Loop or Scan, and the links into and out of them."""
+        self.spend(len(outputs) * len(subgraphs) // PARTS_PER_NODE)  # each output may have a source in each
+        ends = [self.subgraph(attribute, graph, name, scope) for attribute, graph in subgraphs]
+        for formals, results in ends:
             for formal, source, carried in _entries(op_type, attributes, inputs, formals, results):
                 self.link(op_type, name, (source,) if source != MISSING else (), formal, carried)
+        # Which branch runs, and how often a body does, is not in the channels that come out.
+        deciding = inputs[: _DECIDING[op_type]]
+        if op_type == "Loop":
+            deciding += tuple(results[0] for _, results in ends if results)
         condition_first = 1 if op_type == "Loop" else 0  # a Loop body gives its condition before its results
         for position, target in enumerate(outputs, condition_first):
-            sources = tuple(results[position] for results in made if position < len(results))
+            sources = tuple(results[position] for _, results in ends if position < len(results))
             if target != MISSING:
-                self.link(op_type, name, sources if op_type in _CONTROL_FLOW else (*inputs, *sources), target)
+                self.link(op_type, name, sources, target, deciding=deciding)
+
+    def unknown_use(self, attribute: str, graph: onnx.GraphProto, name: str, scope: _Scope) -> int:
+        """Add a graph of an operator that may do anything with it: its inputs come from nowhere, its results may count.
+
+        They enter a link, since a reader that has them among no inputs is not looked for; the value that it makes.
+        """
+        _, results = self.subgraph(attribute, graph, name, scope)
+        used = self.value(attribute)
+        self.link("Graph", name, results, used)
+        return used
+
+    def subgraph(
+        self, attribute: str, graph: onnx.GraphProto, name: str, scope: _Scope
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Add a graph of the node ``name``; its inputs, which nothing makes yet, and its results."""
+        path, depth = f"{name}/{attribute}/"[:NAME_LIMIT], scope.depth + 1
+        inner = _Scope(path, scope.opsets, parent=scope, call=scope.call, chain=scope.chain, depth=depth)
+        formals = tuple(self.declare(info.name, inner) for info in graph.input)
+        self.graph(graph, inner)
+        return formals, tuple(self.resolve(info.name, inner) for info in graph.output)
 
 
-_CONTROL_FLOW: Final = frozenset({"If", "Loop", "Scan"})
+_DECIDING: Final = MappingProxyType({"If": 1, "Loop": 2, "Scan": 0})
+"""Operators of control flow, and how many of their first inputs say what runs: condition, trip count."""
 
 
 def _entries(
@@ -331,7 +377,7 @@ def _entries(
     scanned = attributes["num_scan_inputs"].i if op_type == "Scan" and "num_scan_inputs" in attributes else 0
     for position, formal in enumerate(formals):
         outer = position + first
-        source = inputs[outer] if op_type in _CONTROL_FLOW and 0 <= outer < len(inputs) else MISSING
+        source = inputs[outer] if 0 <= outer < len(inputs) else MISSING
         if op_type == "Loop":
             carried = results[position - 1 : position] if position else ()
             source = source if position else MISSING
@@ -391,7 +437,7 @@ def _build(file: ModelFile) -> Graph:
     producers = {value: node for node in nodes for value in node.outputs if value != MISSING}
     consumers: dict[int, list[Node]] = {}
     for node in nodes:
-        for value in (*node.inputs, *node.carried):
+        for value in (*node.inputs, *node.carried, *node.deciding):
             consumers.setdefault(value, []).append(node)
     outputs = frozenset(builder.resolve(info.name, scope) for info in proto.output)
     return Graph(
@@ -443,5 +489,5 @@ def _live(outputs: frozenset[int], producers: Mapping[int, Node]) -> frozenset[i
         node = producers.get(pending.pop())
         if node is not None and node.index not in live:
             live.add(node.index)
-            pending += (*node.inputs, *node.carried)
+            pending += (*node.inputs, *node.carried, *node.deciding)
     return frozenset(live)

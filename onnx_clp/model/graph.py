@@ -33,6 +33,7 @@ class Node:
         attributes: By name, references to attributes of a function resolved.
         layout: Where the node lies in the file; None for a link.
         carried: Values that a link reads from the iteration before.
+        deciding: Values whose channels it does not pass on and on which its outputs depend all the same.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Node:
     attributes: Attributes
     layout: NodeLayout | None
     carried: tuple[int, ...] = ()
+    deciding: tuple[int, ...] = ()
 
     @property
     def standard(self) -> bool:
