@@ -109,12 +109,15 @@ _TRANSPARENT: Final = frozenset(
 NAME_LIMIT: Final = 1000
 """Characters of such a name: one of a megabyte could be an operator of ten thousand sites."""
 
+DETAIL_LIMIT: Final = 4000
+"""Characters of a detail, which may quote the names of several."""
+
 NAMED_OPERATORS: Final = 64
 """Linear operators that a site names; a BN behind a hundred concatenated layers names the nearest."""
 
 
 LOOKED_AT: Final = 128
-"""Sums and concatenations looked through for these names; behind ten thousand of them nobody reads on."""
+"""Sources looked at for these names; behind ten thousand of them nobody reads on."""
 
 
 class _Surveyor:
@@ -281,15 +284,16 @@ class _Surveyor:
         joint = ""
         pending = deque([self.junction[source]])
         met = {self.junction[source]}
-        for _ in range(LOOKED_AT):
-            if not pending or len(named) >= NAMED_OPERATORS:
-                break
+        looked_at = 0
+        while pending and len(named) < NAMED_OPERATORS and looked_at < LOOKED_AT:
+            looked_at += 1
             part = self.trace.sources[pending.popleft()]
             if isinstance(part, Produced):
                 named.append(part.node)
             elif isinstance(part, Summed | Joined):
                 joint = joint or ("Sum" if isinstance(part, Summed) else "Concat")
-                for index in map(self.junction.__getitem__, part.sources):
+                for index in map(self.junction.__getitem__, part.sources[: LOOKED_AT - looked_at]):
+                    looked_at += 1
                     if index not in met:
                         met.add(index)
                         pending.append(index)
@@ -321,7 +325,8 @@ class _Surveyor:
             if value in seen:
                 continue
             seen.add(value)
-            readers = [reader for reader in self.graph.consumers.get(value, ()) if reader.index in self.graph.live]
+            every = {reader.index: reader for reader in self.graph.consumers.get(value, ())}
+            readers = [reader for index, reader in every.items() if index in self.graph.live]
             if value in self.graph.outputs or any(linear(reader) is not None for reader in readers):
                 return True
             for reader in readers:
@@ -427,7 +432,7 @@ class _Surveyor:
         names: dict[str, None] = {}
         for knob in knobs:
             for value in self.defaults.get(knob.node.inputs[knob.position], ()):
-                names[self.graph.name_of(value)] = None
+                names[self.graph.name_of(value)[:NAME_LIMIT]] = None
         return tuple(names)
 
 
@@ -493,7 +498,7 @@ def _weight_knob(node: Node, constants: Constants) -> Knob:
 
 
 def _skip(node: Node, reason: Reason, detail: str) -> Skipped:
-    return Skipped(node.name, node.full_op_type, reason, detail)
+    return Skipped(node.name, node.full_op_type[:NAME_LIMIT], reason, detail[:DETAIL_LIMIT])
 
 
 def _refuse(node: Node, error: PayloadError) -> Skipped:

@@ -19,7 +19,7 @@ from onnx_clp.flow import Flow, Indices, Joined, Lost, Normalised, Picked, Produ
 from onnx_clp.model.constants import UNFIT, Constants
 from onnx_clp.model.fold import slices
 from onnx_clp.model.graph import MISSING, Graph, Node
-from onnx_clp.model.tensors import ELEMENT_LIMIT
+from onnx_clp.model.tensors import AXES_LIMIT, ELEMENT_LIMIT
 from onnx_clp.operators import channel_count, linear
 from onnx_clp.shapes import Shapes
 
@@ -290,7 +290,7 @@ class _Tracer:
 
     def unsqueeze(self, node: Node, flow: Flow) -> Result:
         axes, rank = self.shapes.axes(node), self.shapes.rank(node.inputs[0])
-        if rank is None or flow.axis is None or flow.axis < 0 or axes is None:
+        if rank is None or flow.axis is None or flow.axis < 0 or axes is None or rank + len(axes) > AXES_LIMIT:
             return None
         added = {axis % (rank + len(axes)) for axis in axes}
         kept = [axis for axis in range(rank + len(axes)) if axis not in added]
@@ -403,15 +403,17 @@ def _channel_extents(target: Sequence[int | None], channels: int) -> tuple[int, 
     Batch before, channels next, positions after: the leading extents that multiply to the channels are theirs.
     """
     sizes: list[int] = []
-    for size in target[1:]:
+    product = 1
+    for size in target[1 : 1 + AXES_LIMIT]:
         if size == 0 or (size == -1 and not sizes):
-            size = channels // math.prod(sizes)  # noqa: PLW2901  # 0 copies the extent, −1 takes what is left
+            size = channels // product  # noqa: PLW2901  # 0 copies the extent, −1 takes what is left
         if size is None or size < 1:
             break
         sizes.append(size)
-        if math.prod(sizes) >= channels:
+        product *= size
+        if product >= channels:
             break
-    return tuple(sizes) if math.prod(sizes) == channels else ()
+    return tuple(sizes) if product == channels else ()
 
 
 _OF_SEVERAL: Final[Mapping[str, Callable[[_Tracer, Node], Result]]] = MappingProxyType(

@@ -225,7 +225,8 @@ class _Planner:
     def rest(self, knob: Knob, data: Array) -> Array:
         """The value of a silent element: zero, or the zero point, in a form that broadcasts against ``data``."""
         value = knob.node.input(knob.zero_point) if knob.zero_point != MISSING else MISSING
-        zero = _zero(data.dtype) if value == MISSING else self.constants.array(value).astype(data.dtype)
+        with np.errstate(all="ignore"):  # a zero point of another type, that does not fit
+            zero = _zero(data.dtype) if value == MISSING else self.constants.array(value).astype(data.dtype)
         return per_axis(zero, data, 0, 1)
 
     def readers(self) -> dict[Place, set[tuple[int, int]]]:

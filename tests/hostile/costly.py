@@ -159,6 +159,22 @@ def loops(n: int) -> onnx.ModelProto:
     return model([*nodes, conv(value, "y")], [KERNEL, TRUE, numbers("two", 2)])
 
 
+def many_edges(n: int) -> onnx.ModelProto:
+    """A node that reads one value n times and makes n, of which a BatchNormalization reads one."""
+    nodes = [conv("x", "first"), helper.make_node("Relu", ["first"] * n, [f"v{i}" for i in range(n)])]
+    nodes.append(helper.make_node("BatchNormalization", ["v0", *["ones"] * 4], ["b"]))
+    return model([*nodes, helper.make_node("Relu", ["b"], ["y"])], [KERNEL, ONES])
+
+
+def sums_of_one(n: int) -> onnx.ModelProto:
+    """One Sum of n times the same, which 50 BatchNormalizations read."""
+    nodes = [conv("x", "first"), helper.make_node("Sum", ["first"] * n, ["sum"])]
+    for i in range(50):
+        nodes.append(helper.make_node("BatchNormalization", ["sum", *["ones"] * 4], [f"v{i}"]))
+        nodes.append(helper.make_node("Abs", [f"v{i}"], [f"a{i}"]))
+    return model([*nodes, helper.make_node("Sum", [f"a{i}" for i in range(50)], ["y"])], [KERNEL, ONES])
+
+
 def carried_back() -> onnx.ModelProto:
     """A loop whose state goes through a Sigmoid into the next round, where a convolution reads it."""
     boolean, tensor = TensorProto.BOOL, TensorProto.FLOAT

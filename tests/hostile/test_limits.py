@@ -257,6 +257,8 @@ LONG: dict[str, Callable[[int], onnx.ModelProto]] = {
     "summed_with_itself": costly.summed_with_itself,
     "concatenated_sums": costly.concatenated_sums,
     "loops": costly.loops,
+    "many_edges": costly.many_edges,
+    "sums_of_one": costly.sums_of_one,
     "constants_of_constants": costly.constants_of_constants,
 }
 
