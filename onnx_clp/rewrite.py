@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from onnx_clp._version import __version__
 from onnx_clp.analysis import Analysis, analyse
 from onnx_clp.errors import PayloadError, UsageError
 from onnx_clp.model.file import ModelFile, open_source
-from onnx_clp.model.graph import Graph
-from onnx_clp.model.patch import Knob, Plan, plan
+from onnx_clp.model.graph import MISSING, Graph
+from onnx_clp.model.patch import Plan, plan
 from onnx_clp.model.place import move_into_place
 from onnx_clp.model.save import (
     add_at_end,
@@ -118,17 +118,17 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Le
     """Which flagged channels to silence, and which layers flag more than ``max_share`` allows."""
     chosen: list[Choice] = []
     left: list[Left] = []
+    doubtful = _doubtful(analysis.graph)
     for part, layer in zip(analysis.measured, analysis.report.layers, strict=True):
         if layer.non_finite:
             left.append(Left(layer.name, layer.non_finite, "their numbers are NaN or Inf, which no zero silences"))
         channels = tuple(sorted(channel.index for channel in layer.flagged))
         if not channels:
             continue
-        doubtful = _doubtful(analysis.graph, part.site.knobs)
-        if doubtful is not None:
-            reason = (
-                f"its constant {doubtful!r} is ambiguous: a runtime that reads it otherwise would keep the channels"
-            )
+        values = [doubtful[knob.value] for knob in part.site.knobs if knob.value in doubtful]
+        if values:
+            name = analysis.graph.name_of(values[0])
+            reason = f"its constant {name!r} is ambiguous: a runtime that reads it otherwise would keep the channels"
             left.append(Left(layer.name, channels, reason))
             continue
         share = len(channels) / layer.channels
@@ -140,19 +140,16 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Le
     return chosen, left
 
 
-def _doubtful(graph: Graph, knobs: Sequence[Knob]) -> str | None:
-    """The name of a value that two runtimes may read differently among what ``knobs`` are made of; None without one."""
-    pending = [knob.node.input(knob.position) for knob in knobs]
-    seen: set[int] = set()
-    while pending and graph.doubtful:
-        value = pending.pop()
-        if value in graph.doubtful:
-            return graph.name_of(value)
-        if value not in seen:
-            seen.add(value)
-            maker = graph.producers.get(value)
-            pending += () if maker is None else maker.inputs
-    return None
+def _doubtful(graph: Graph) -> dict[int, int]:
+    """For each value that is made of one that two runtimes may read differently, that one."""
+    found = {value: value for value in graph.doubtful}
+    for node in graph.nodes if found else ():
+        origin = next((found[value] for value in node.inputs if value in found), None)
+        if origin is not None:
+            for value in node.outputs:
+                found.setdefault(value, origin)
+    found.pop(MISSING, None)
+    return found
 
 
 def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice, ...], tuple[Left, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp.errors import ModelFileError, OnnxClpError, PayloadError
 from onnx_clp.limits import Meter
+from onnx_clp.model.edits import Span
 from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
 from onnx_clp.model.wire import DOUBLE_DATA, FLOAT_DATA
@@ -187,10 +189,19 @@ def complete(file: ModelFile, proto: onnx.TensorProto) -> onnx.TensorProto:
         whole.raw_data = file.source.read(payload.raw.start, len(payload.raw))
     elif payload is not None:
         try:
-            whole.MergeFromString(b"".join(file.source.read(span.start, len(span)) for _, span in payload.typed))
+            whole.MergeFromString(b"".join(_read_runs(file.source, [span for _, span in payload.typed])))
         except DecodeError as error:
             raise PayloadError(f"tensor {proto.name!r} cannot be read: its elements are no numbers") from error
     return whole
+
+
+def _read_runs(source: ByteSource, spans: Sequence[Span]) -> Iterator[bytes]:
+    """The bytes of ``spans``; those that follow each other are read at once, since each may hold one number."""
+    first = 0
+    for position, span in enumerate(spans, 1):
+        if position == len(spans) or spans[position].start != span.end:
+            yield source.read(spans[first].start, span.end - spans[first].start)
+            first = position
 
 
 def _text(name: str | bytes) -> str:
