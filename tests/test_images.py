@@ -492,7 +492,7 @@ def test_fashion_mnist(inner: str, packed: bool, tmp_path: Path) -> None:  # noq
     images, labels = pixels(0, 3, 28, 28, 1), np.array([9, 0, 3], np.uint8)
     (tmp_path / inner).mkdir(parents=True, exist_ok=True)
     for name, array in (("t10k-images-idx3-ubyte", images[..., 0]), ("t10k-labels-idx1-ubyte", labels)):
-        content = gzip.compress(idx(array)) if packed else idx(array)
+        content = gzip.compress(idx(array), mtime=0) if packed else idx(array)
         (tmp_path / inner / (f"{name}.gz" if packed else name)).write_bytes(content)
     found = read_images(tmp_path, Fit((28, 28), 1), 10)
     assert (found.images == images).all()
@@ -505,11 +505,11 @@ def test_fashion_mnist(inner: str, packed: bool, tmp_path: Path) -> None:  # noq
     "content",
     [
         b"",
-        gzip.compress(b"\0\0\x08\x03"),
-        gzip.compress(idx(pixels(0)))[:-20],
-        gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 1 << 31, 1 << 31, 1 << 31)),
-        gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 100, 28, 28)),
-        gzip.compress(b"\0\0\x0d\x03" + bytes(100)),
+        gzip.compress(b"\0\0\x08\x03", mtime=0),
+        gzip.compress(idx(pixels(0)), mtime=0)[:-20],
+        gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 1 << 31, 1 << 31, 1 << 31), mtime=0),
+        gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 100, 28, 28), mtime=0),
+        gzip.compress(b"\0\0\x0d\x03" + bytes(100), mtime=0),
         b"\x1f\x8b\x08" + bytes(40),
     ],
 )
