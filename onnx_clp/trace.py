@@ -17,7 +17,7 @@ import numpy as np
 from onnx_clp.errors import PayloadError
 from onnx_clp.flow import Flow, Indices, Joined, Lost, Normalised, Picked, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import UNFIT, Constants
-from onnx_clp.model.fold import slices
+from onnx_clp.model.fold import slices, starts_before
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import AXES_LIMIT, ELEMENT_LIMIT
 from onnx_clp.operators import channel_count, linear
@@ -281,7 +281,7 @@ class _Tracer:
 
     def squeeze(self, node: Node, flow: Flow) -> Result:
         axes, rank = self.shapes.axes(node), self.shapes.rank(node.inputs[0])
-        if rank is None or flow.axis is None or flow.axis < 0 or axes is None:
+        if rank is None or flow.axis is None or flow.axis < 0 or not axes:
             return None
         removed = {axis % rank for axis in axes}
         if flow.axis in removed:
@@ -324,6 +324,8 @@ class _Tracer:
         if not set(taken) & set(flow.axes):
             return flow if rank is not None or min(taken) >= 0 else None
         if flow.axis is None or rank is None:
+            return None
+        if starts_before(taken[flow.axis], flow.channels):
             return None
         return self.pick(flow, self.numbered(flow.channels)[taken[flow.axis]])
 

@@ -70,6 +70,13 @@ def _reshape(node: Node, operands: Operands) -> Array:
     return data.reshape(shape)
 
 
+def _squeeze(node: Node, operands: Operands) -> Array:
+    axes = _axes(node, operands)
+    if axes == ():
+        raise ValueError("it names no axis, of which runtimes make all or none")
+    return np.squeeze(_first(operands), axes)
+
+
 def _unsqueeze(node: Node, operands: Operands) -> Array:
     return np.expand_dims(_first(operands), _axes(node, operands) or ())
 
@@ -215,9 +222,16 @@ def slices(node: Node, operands: Sequence[Array | None], rank: int) -> dict[int,
     return result
 
 
+def starts_before(part: slice, size: int) -> bool:
+    """Whether a Slice with a negative step starts before the first of ``size``: ONNX takes that one, NumPy none."""
+    return bool(part.step < 0 and part.start < -size)
+
+
 def _slice(node: Node, operands: Operands) -> Array:
     data = _first(operands)
     taken = slices(node, operands, data.ndim)
+    if any(starts_before(part, data.shape[axis]) for axis, part in taken.items()):
+        raise ValueError("it starts before the first element and goes back from there, which is not followed here")
     return data[tuple(taken.get(axis, slice(None)) for axis in range(data.ndim))]
 
 
@@ -259,7 +273,7 @@ OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxy
         "Shape": _shape,
         "Slice": _slice,
         "Sqrt": _elementwise(np.sqrt),
-        "Squeeze": lambda node, operands: np.squeeze(_first(operands), _axes(node, operands)),
+        "Squeeze": _squeeze,
         "Sub": _elementwise(np.subtract),
         "Transpose": lambda node, operands: np.transpose(_first(operands), node.integers("perm")),
         "Unsqueeze": _unsqueeze,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from onnx import TensorProto
 
 from onnx_clp import sanitize, scan
@@ -98,3 +99,22 @@ def test_a_constant_that_is_added_does_not_hide_a_convolution_behind_a_decoy(tmp
     net.give(side)
     report = scan(saved(net, tmp_path))
     assert {layer.name: [channel.index for channel in layer.flagged] for layer in report.layers}["conv"] == [PLANTED]
+
+
+@pytest.mark.parametrize("operator", ["Squeeze", "Slice"])
+def test_what_numpy_and_onnx_take_differently_is_not_computed(operator: str, tmp_path: Path) -> None:
+    """A Squeeze of no axis squeezes all in onnxruntime; a Slice from before the first one back gives the first one."""
+    net = Net(opset=17)
+    x = net.feed("N", 3, 4, 4)
+    kernel = net.tensor(net.kernel(16, 3, 1, 1), "kernel")
+    if operator == "Squeeze":
+        more = net.op("Unsqueeze", kernel, net.integers(0, name="first"), name="more")
+        made = net.op("Squeeze", more, net.tensor(np.zeros(0, np.int64), "none"), name="made")
+    else:
+        starts = [
+            net.integers(number, name=name) for name, number in (("start", -20), ("end", -(1 << 33)), ("axis", 0))
+        ]
+        made = net.op("Slice", kernel, *starts, net.integers(-1, name="step"), name="made")
+    net.tail(net.conv(x, made, name="conv", kernel_shape=[1, 1]), 16)
+    report = scan(saved(net, tmp_path))
+    assert {part.name: part.reason for part in report.skipped if part.name == "conv"} == {"conv": "unreadable"}
