@@ -133,6 +133,8 @@ class _Surveyor:
         self.normalised: set[int] = set()
         self.blocked: dict[int, Skipped] = {}
         self.seen_sources: set[int] = set()
+        self.escaping: frozenset[int] | None = None
+        """Found when it is first asked for: the normalisations that are judged are known by then."""
         self.defaults = _defaults(graph, constants)
         self.junction = _junctions(trace)
         self.produced = {part.node.index: i for i, part in enumerate(trace.sources) if isinstance(part, Produced)}
@@ -318,25 +320,38 @@ class _Surveyor:
         Then the bound at that normalisation says nothing of what the other reader gets: a decoy beside the main way
         could carry any γ. Behind an Add or Concat the channels are those of a residual or dense connection.
         """
-        pending = list(node.outputs)
-        seen: set[int] = set()
+        if self.escaping is None:
+            self.escaping = self.escaping_values()
+        return any(value in self.escaping for value in node.outputs)
+
+    def escaping_values(self) -> frozenset[int]:
+        """The values from which a way leads to such a reader.
+
+        Found from the readers back, once for all: forward from each operator, many could share one long way, and many
+        edges lead to one node.
+        """
+        pending = list(self.graph.outputs)
+        passing: set[int] = set()
+        for node in self.graph.nodes:
+            if node.index not in self.graph.live:
+                continue
+            passes = node.index not in self.normalised and not self.joins(node)
+            made = any(isinstance(self.trace.flows.get(value), Flow) for value in node.outputs)
+            if linear(node) is not None or (passes and not made):
+                pending += _read(node)
+            elif passes:
+                passing.add(node.index)
+        found: set[int] = set()
         while pending:
             value = pending.pop()
-            if value in seen:
+            if value in found:
                 continue
-            seen.add(value)
-            every = {reader.index: reader for reader in self.graph.consumers.get(value, ())}
-            readers = [reader for index, reader in every.items() if index in self.graph.live]
-            if value in self.graph.outputs or any(linear(reader) is not None for reader in readers):
-                return True
-            for reader in readers:
-                made = [output for output in reader.outputs if isinstance(self.trace.flows.get(output), Flow)]
-                if reader.index in self.normalised or self.joins(reader):
-                    continue
-                if not made:
-                    return True
-                pending += made
-        return False
+            found.add(value)
+            maker = self.graph.producers.get(value)
+            if maker is not None and maker.index in passing and isinstance(self.trace.flows.get(value), Flow):
+                passing.discard(maker.index)  # what it reads is added once
+                pending += _read(maker)
+        return frozenset(found - {MISSING})
 
     def joins(self, node: Node) -> bool:
         """Whether other channels come to those that ``node`` reads: a constant added to them is not another way."""
@@ -495,6 +510,11 @@ def _weight_knob(node: Node, constants: Constants) -> Knob:
         node.integer("group", 1) if grouped else 1,
         description.zero_point,
     )
+
+
+def _read(node: Node) -> tuple[int, ...]:
+    """All values that ``node`` reads."""
+    return (*node.inputs, *node.carried, *node.deciding)
 
 
 def _skip(node: Node, reason: Reason, detail: str) -> Skipped:

@@ -1,0 +1,129 @@
+"""What reviewers made of the walks over channels: many edges on one node, ways that many share, endless axes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import onnx
+import pytest
+from onnx import NodeProto, helper
+
+from onnx_clp import scan
+from tests.hostile import costly
+
+ONES = ["ones"] * 4
+
+
+def written(nodes: list[NodeProto], folder: Path) -> Path:
+    path = folder / "model.onnx"
+    made = costly.model(nodes, [costly.KERNEL, costly.ONES, costly.numbers("many", 4096)])
+    path.write_bytes(made.SerializeToString())
+    return path
+
+
+def steps(work: Callable[[], object]) -> int:
+    """How many functions are called while ``work`` is done, those of C among them."""
+    count = 0
+
+    def note(_: FrameType, event: str, __: object) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def normalised(value: str) -> list[NodeProto]:
+    return [
+        helper.make_node("BatchNormalization", [value, *ONES], ["normal"]),
+        helper.make_node("Relu", ["normal"], ["y"]),
+    ]
+
+
+def edges_of_many_values(n: int) -> list[NodeProto]:
+    """A node that reads n values that are all one convolution's, and makes n."""
+    first, second = [f"a{i}" for i in range(n)], [f"b{i}" for i in range(n)]
+    nodes = [costly.conv("x", "c"), helper.make_node("Relu", ["c"], first), helper.make_node("Relu", first, second)]
+    return nodes + normalised("b0")
+
+
+def shared_way(n: int) -> list[NodeProto]:
+    """N convolutions, each with its own normalisation, which all lead into one way of n nodes."""
+    nodes: list[NodeProto] = []
+    for i in range(n):
+        nodes.append(costly.conv("x", f"c{i}"))
+        nodes.append(helper.make_node("BatchNormalization", [f"c{i}", *ONES], [f"n{i}"]))
+    nodes.append(helper.make_node("Relu", [f"c{i}" for i in range(n)], ["r0"]))
+    nodes += [helper.make_node("Relu", [f"r{i}"], [f"r{i + 1}"]) for i in range(n)]
+    nodes.append(helper.make_node("BatchNormalization", [f"r{n}", *ONES], ["end"]))
+    nodes.append(helper.make_node("Concat", ["end", *(f"n{i}" for i in range(n))], ["all"], axis=1))
+    return [*nodes, helper.make_node("Relu", ["all"], ["y"])]
+
+
+@pytest.mark.parametrize("build", [edges_of_many_values, shared_way])
+def test_whether_channels_escape_is_found_in_one_walk(build: Callable[[int], list[NodeProto]], tmp_path: Path) -> None:
+    counts = []
+    for n in (200, 400):
+        path = written(build(n), tmp_path)
+        scan(path)  # what is imported late is there
+        counts.append(steps(partial(scan, path)))
+    assert counts[1] < 2.2 * counts[0]
+
+
+@pytest.mark.parametrize(("reader", "judged"), [("Relu", "c"), ("Add", "y"), ("Conv", "c")])
+def test_a_decoy_is_seen_behind_a_node_that_also_reads_other_values(reader: str, judged: str, tmp_path: Path) -> None:
+    """The way that takes no normalisation is followed from a convolution to its reader, whatever lies between."""
+    nodes = [
+        costly.conv("x", "c"),
+        helper.make_node("BatchNormalization", ["c", *ONES], ["side"], name="y"),
+        helper.make_node("Abs", ["c"], ["main"]),
+    ]
+    inputs = {"Relu": ["main"], "Add": ["main", "side"], "Conv": ["main", "w"]}[reader]
+    nodes += [helper.make_node(reader, inputs, ["joined"], name="joined"), costly.conv("joined", "last")]
+    nodes += [helper.make_node("Relu", ["last"], ["r"]), helper.make_node("Add", ["r", "side"], ["y"])]
+    assert (judged == "c") == ("c" in [layer.name for layer in scan(written(nodes, tmp_path)).layers])
+
+
+def with_axes(n: int) -> list[NodeProto]:
+    """One value that gets 4,096 axes more, n times; ten nodes that reduce over one of them."""
+    zero = helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0])
+    nodes = [helper.make_node("ConstantOfShape", ["many"], ["axes"], value=zero)]
+    nodes += [helper.make_node("Unsqueeze", [f"u{i}" if i else "x", "axes"], [f"u{i + 1}"]) for i in range(n)]
+    nodes += [helper.make_node("ReduceMean", [f"u{n}"], [f"m{i}"], axes=[1]) for i in range(10)]
+    nodes += [costly.conv("x", "c"), helper.make_node("Relu", ["c"], ["r"]), costly.conv("r", "last")]
+    return [*nodes, helper.make_node("Sum", ["last", *(f"m{i}" for i in range(10))], ["y"])]
+
+
+def test_a_value_of_more_axes_than_a_tensor_has_is_of_no_known_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reduction made sets of as many axes as a few bytes can ask for."""
+    asked: list[int] = []
+
+    def noted(*ends: int) -> range:
+        asked.append(max(ends))
+        return range(*ends)
+
+    monkeypatch.setattr("onnx_clp.shapes.range", noted, raising=False)
+    report = scan(written(with_axes(8), tmp_path))
+    assert [layer.name for layer in report.layers] == ["c"]
+    assert max(asked, default=0) <= 32
+
+
+def test_the_name_of_an_operator_is_quoted_no_further_than_it_is_read(tmp_path: Path) -> None:
+    """An operator of a name of 100,000 characters, behind which many parts are skipped."""
+    nodes = [helper.make_node("Q" * 100_000, ["x"], ["lost"], domain="d")]
+    nodes += [helper.make_node("BatchNormalization", ["lost", *ONES], [f"n{i}"]) for i in range(20)]
+    nodes.append(helper.make_node("Sum", [f"n{i}" for i in range(20)], ["y"]))
+    skipped = [part for part in scan(written(nodes, tmp_path)).skipped if part.reason == "untraced"]
+    assert len(skipped) == 20
+    assert all(len(part.detail) < 200 for part in skipped)
+    assert all(part.detail.endswith("linear operators: d." + "Q" * 98) for part in skipped)
