@@ -12,6 +12,7 @@ from typing import Final
 
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
+from onnx_clp.model.tensors import AXES_LIMIT
 from onnx_clp.operators import linear
 
 _RANK_KEEPING: Final = frozenset(
@@ -84,14 +85,15 @@ class Shapes:
 
 def shapes(graph: Graph, constants: Constants) -> Shapes:
     """Ranks and global pooling of the values of ``graph``."""
-    result = Shapes(graph, constants, {value: len(shape) for value, shape in graph.shapes.items()}, set())
+    declared = {value: len(shape) for value, shape in graph.shapes.items() if len(shape) <= AXES_LIMIT}
+    result = Shapes(graph, constants, declared, set())
     for node in graph.nodes:
         outputs = [value for value in node.outputs if value != MISSING]
         if not outputs or not node.inputs:
             continue
         rank = _rank(result, node)
         for value in outputs:
-            if rank is not None:
+            if rank is not None and 0 <= rank <= AXES_LIMIT:  # a few bytes can ask for millions of axes
                 result.ranks.setdefault(value, rank)
         if node.op_type == "DynamicQuantizeLinear":
             result.ranks.update(dict.fromkeys(outputs[1:], 0))  # its scale and zero point are scalars
@@ -121,7 +123,7 @@ def _rank(known: Shapes, node: Node) -> int | None:
         return None if target is None else len(target)
     if node.op_type in {"Squeeze", "Unsqueeze"} or (node.op_type in _REDUCTIONS and not node.integer("keepdims", 1)):
         axes = known.axes(node)
-        if axes is None or first is None:
+        if axes is None or first is None or (node.op_type == "Squeeze" and not axes):
             return None
         return first + len(axes) if node.op_type == "Unsqueeze" else first - len(axes)
     return first if node.op_type in _REDUCTIONS else None
