@@ -32,6 +32,9 @@ _ONE_LIPSCHITZ: Final = frozenset(
 _SLOPES: Final = MappingProxyType({"LeakyRelu": 0.01, "Elu": 1.0, "Celu": 1.0, "HardSigmoid": 0.2})
 """Activations whose Lipschitz constant is max(1, alpha) (HardSigmoid: alpha), with ONNX's default alpha."""
 
+OPERATOR_LIMIT: Final = 100
+"""Characters of the name of an operator that lost channels, which the details of many skipped parts quote."""
+
 TRAINING_MODE_VERSION: Final = 14
 """The version of BatchNormalization that has ``training_mode``."""
 
@@ -95,11 +98,11 @@ class _Tracer:
             try:
                 result = self.result(node)
             except PayloadError as error:
-                result = Lost(node.full_op_type, error)
+                result = Lost(node.full_op_type[:OPERATOR_LIMIT], error)
             except (*UNFIT, ZeroDivisionError):  # a node that does not fit its inputs loses their channels
                 result = None
             if result is None:
-                result = Lost(node.full_op_type)
+                result = Lost(node.full_op_type[:OPERATOR_LIMIT])
             each = [result] * len(node.outputs) if isinstance(result, Flow | Lost) else result
             for value, flow in zip(node.outputs, each, strict=False):
                 if value != MISSING and self.constants.get(value) is None:
@@ -160,7 +163,7 @@ class _Tracer:
             channels = channel_count(node, shape)
         except PayloadError as error:
             self.refused[node.index] = error
-            return Lost(node.full_op_type, error)
+            return Lost(node.full_op_type[:OPERATOR_LIMIT], error)
         rank = self.shapes.rank(node.inputs[0])
         axis = 1 if description.convolves or node.op_type == "Gemm" else -1 if rank is None else rank - 1
         flow = Flow(self.add(Produced(node)), (channels,), (axis,))
