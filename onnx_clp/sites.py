@@ -354,10 +354,16 @@ class _Surveyor:
         return frozenset(found - {MISSING})
 
     def joins(self, node: Node) -> bool:
-        """Whether other channels come to those that ``node`` reads: a constant added to them is not another way."""
+        """Whether other channels come to those that ``node`` reads.
+
+        A constant that is added to them is not another way, nor are they themselves once more.
+        """
         if node.op_type not in {"Add", "Sub", "Sum", "Concat"}:
             return False
-        return sum(value != MISSING and self.constants.get(value) is None for value in node.inputs) > 1
+        values = {value for value in node.inputs if value != MISSING and self.constants.get(value) is None}
+        flows = {value: self.trace.flows.get(value) for value in values}
+        sources = {flow.source for flow in flows.values() if isinstance(flow, Flow)}
+        return len(sources) + sum(not isinstance(flow, Flow) for flow in flows.values()) > 1
 
     # -- 2: convolutions with their normalisation folded in ------------------------------------------------------------
 

@@ -92,6 +92,22 @@ def test_a_decoy_is_seen_behind_a_node_that_also_reads_other_values(reader: str,
     assert (judged == "c") == ("c" in [layer.name for layer in scan(written(nodes, tmp_path)).layers])
 
 
+@pytest.mark.parametrize("more", ["c", "same", "activated"])
+def test_channels_added_to_themselves_do_not_hide_a_convolution_behind_a_decoy(more: str, tmp_path: Path) -> None:
+    """They are no other way that joins: what follows is the convolution's alone, without the decoy."""
+    nodes = [
+        costly.conv("x", "c"),
+        helper.make_node("BatchNormalization", ["c", *ONES], ["side"]),
+        helper.make_node("Identity", ["c"], ["same"]),
+        helper.make_node("Relu", ["c"], ["activated"]),
+        helper.make_node("Add", ["c", more], ["main"]),
+        costly.conv("main", "last"),
+        helper.make_node("Relu", ["last"], ["r"]),
+        helper.make_node("Add", ["r", "side"], ["y"]),
+    ]
+    assert "c" in [layer.name for layer in scan(written(nodes, tmp_path)).layers]
+
+
 def with_axes(n: int) -> list[NodeProto]:
     """One value that gets 4,096 axes more, n times; ten nodes that reduce over one of them."""
     zero = helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0])
