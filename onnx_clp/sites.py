@@ -335,11 +335,11 @@ class _Surveyor:
         for node in self.graph.nodes:
             if node.index not in self.graph.live:
                 continue
-            passes = node.index not in self.normalised and not self.joins(node)
+            judged = node.index in self.normalised
             made = any(isinstance(self.trace.flows.get(value), Flow) for value in node.outputs)
-            if linear(node) is not None or (passes and not made):
-                pending += _read(node)
-            elif passes:
+            if linear(node) is not None or (not judged and not made):
+                pending += _read(node)  # behind a sum with what is lost, too, no normalisation is judged
+            elif not judged and not self.joins(node):
                 passing.add(node.index)
         found: set[int] = set()
         while pending:

@@ -108,6 +108,20 @@ def test_channels_added_to_themselves_do_not_hide_a_convolution_behind_a_decoy(m
     assert "c" in [layer.name for layer in scan(written(nodes, tmp_path)).layers]
 
 
+def test_a_sum_with_what_is_lost_does_not_hide_a_convolution_behind_a_decoy(tmp_path: Path) -> None:
+    """Hardly anything of the decoy is added to the main way, after which no normalisation could be judged."""
+    nodes = [
+        costly.conv("x", "c"),
+        helper.make_node("BatchNormalization", ["c", *ONES], ["side"]),
+        helper.make_node("ReduceMean", ["side"], ["mean"], axes=[1, 2, 3]),
+        helper.make_node("Relu", ["c"], ["activated"]),
+        helper.make_node("Add", ["activated", "mean"], ["main"]),
+        costly.conv("main", "last"),
+        helper.make_node("Relu", ["last"], ["y"]),
+    ]
+    assert "c" in [layer.name for layer in scan(written(nodes, tmp_path)).layers]
+
+
 def with_axes(n: int) -> list[NodeProto]:
     """One value that gets 4,096 axes more, n times; ten nodes that reduce over one of them."""
     zero = helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0])
