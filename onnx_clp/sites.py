@@ -154,6 +154,9 @@ class _Surveyor:
                 found[node.index] = _skip(
                     node, Reason.CUSTOM_OPERATOR, f"operator {node.full_op_type} is not known here"
                 )
+            elif self.loses_scale(node):
+                detail = "it has not one known scale for all channels: what gain it brings is not judged"
+                found[node.index] = _skip(node, Reason.UNTRACED, detail)
         parts = [found[index] for index in sorted(found)]
         cyclic = [
             Skipped(name, "", Reason.UNREADABLE, "the node depends on its own output") for name in self.graph.cyclic
@@ -161,6 +164,16 @@ class _Surveyor:
         return Survey(
             tuple(part for part in parts if isinstance(part, Site)),
             (*(part for part in parts if isinstance(part, Skipped)), *cyclic),
+        )
+
+    def loses_scale(self, node: Node) -> bool:
+        """Whether ``node`` quantises channels that reach it and are lost in it: no site is left to show its gain."""
+        return (
+            node.op_type in {"QuantizeLinear", "DequantizeLinear"}
+            and node.standard
+            and node.index in self.graph.live
+            and isinstance(self.trace.flows.get(node.input(0)), Flow)
+            and isinstance(self.trace.flows.get(next(iter(node.outputs), MISSING)), Lost)
         )
 
     def normalised_at(self, node: Node) -> Site | Skipped | None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import onnx
 import pytest
 from onnx import NodeProto, helper
@@ -120,6 +121,29 @@ def test_a_sum_with_what_is_lost_does_not_hide_a_convolution_behind_a_decoy(tmp_
         helper.make_node("Relu", ["last"], ["y"]),
     ]
     assert "c" in [layer.name for layer in scan(written(nodes, tmp_path)).layers]
+
+
+def test_a_gain_that_a_dequantisation_brings_makes_a_scan_incomplete(tmp_path: Path) -> None:
+    """No normalisation follows: the convolution is judged by its kernel, to which the gain does not belong."""
+    gain = np.full(costly.CHANNELS, 0.1, np.float32)
+    gain[5] = 5
+    constants = [
+        onnx.numpy_helper.from_array(np.array(0.1, np.float32), "one"),
+        onnx.numpy_helper.from_array(gain, "each"),
+    ]
+    nodes = [
+        costly.conv("x", "c"),
+        helper.make_node("QuantizeLinear", ["c", "one"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "each"], ["d"], name="gain", axis=1),
+        helper.make_node("Relu", ["d"], ["r"]),
+        costly.conv("r", "last"),
+        helper.make_node("Relu", ["last"], ["y"]),
+    ]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(costly.model(nodes, [costly.KERNEL, *constants]).SerializeToString())
+    report = scan(path)
+    assert ("gain", "untraced") in [(part.name, part.reason) for part in report.skipped]
+    assert not report.complete
 
 
 def with_axes(n: int) -> list[NodeProto]:
