@@ -159,6 +159,14 @@ def loops(n: int) -> onnx.ModelProto:
     return model([*nodes, conv(value, "y")], [KERNEL, TRUE, numbers("two", 2)])
 
 
+def powers(n: int) -> onnx.ModelProto:
+    """Powers of powers of 4,096 numbers, n in a row, and a convolution with the last as its kernel."""
+    nodes = [helper.make_node("Pow", [f"p{i - 1}" if i else "base", "exponent"], [f"p{i}"]) for i in range(n)]
+    nodes += [conv("x", "powered", f"p{n - 1}"), helper.make_node("Relu", ["powered"], ["r"]), conv("r", "y")]
+    base = numpy_helper.from_array(np.full((256, CHANNELS, 1, 1), 0.5), "base")
+    return model(nodes, [KERNEL, base, numpy_helper.from_array(np.ones((256, CHANNELS, 1, 1)), "exponent")])
+
+
 def many_edges(n: int) -> onnx.ModelProto:
     """A node that reads one value n times and makes n, of which a BatchNormalization reads one."""
     nodes = [conv("x", "first"), helper.make_node("Relu", ["first"] * n, [f"v{i}" for i in range(n)])]

@@ -165,6 +165,17 @@ def test_a_copy_that_is_given_more_than_its_input_is_verified(tmp_path: Path) ->
     assert "limit" not in {part.reason for part in report.after.skipped}
 
 
+def test_powers_cost_more_than_sums(tmp_path: Path) -> None:
+    """They read small constants as they are met, so that the steps are many where they are cheap."""
+    few = Limits(work=1 << 30)
+    path = written(costly.powers(1000), tmp_path)
+    assert {part.name: part.reason for part in scan(path, limits=few).skipped} == {"y": "head", "powered": "limit"}
+    made = costly.powers(1000)
+    for node in made.graph.node:
+        node.op_type = "Mul" if node.op_type == "Pow" else node.op_type
+    assert [layer.name for layer in scan(written(made, tmp_path), limits=few).layers] == ["powered"]
+
+
 def test_more_work_and_memory_can_be_given(tmp_path: Path) -> None:
     path = written(costly.doubled_constant(18), tmp_path)
     few = scan(path, limits=Limits(memory=1 << 20))
