@@ -147,8 +147,8 @@ def _doubtful(graph: Graph) -> dict[int, int]:
         origin = next((found[value] for value in node.inputs if value in found), None)
         if origin is not None:
             for value in node.outputs:
-                found.setdefault(value, origin)
-    found.pop(MISSING, None)
+                if value != MISSING:  # an input that is left out is made of nothing
+                    found.setdefault(value, origin)
     return found
 
 

@@ -96,11 +96,15 @@ class ModelFile:
             if not payload.external:
                 continue
             fields = b"".join(self.source.read(span.start, len(span)) for span, _ in payload.external)
-            entries = {str(entry.key): entry.value for entry in onnx.TensorProto.FromString(fields).external_data}
-            offset, length = (str(entries.get(key, "")) for key in ("offset", "length"))
-            start = int(offset) if offset.isascii() and offset.isdecimal() and len(offset) < _DIGITS else 0
-            known = length.isascii() and length.isdecimal() and len(length) < _DIGITS and int(length)
-            yield normalised(entries.get("location", "")), start, start + int(length) if known else math.inf
+            external = onnx.TensorProto.FromString(fields).external_data
+            entries = {str(entry.key): entry.value for entry in external}
+            start, length = (_decimal(str(entries.get(key, "0"))) for key in ("offset", "length"))
+            # A runtime may take " 64" for 64, and of two offsets the first: where the bytes begin is then not known.
+            for location in {normalised(entry.value) for entry in external if entry.key == "location"}:
+                if start is None or len(entries) < len(external):
+                    yield location, 0, math.inf
+                else:
+                    yield location, start, start + length if length else math.inf
 
     def locations(self) -> tuple[str, ...]:
         """The names of all external data files, in one spelling each, sorted."""
@@ -200,6 +204,12 @@ class ModelFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _decimal(text: str) -> int | None:
+    """The number that ``text`` is in plain decimal digits; None where it is none that a place in a file can have."""
+    digits = text.lstrip("0") or "0"
+    return int(digits) if text.isascii() and text.isdecimal() and len(digits) < _DIGITS else None
 
 
 def normalised(location: str | bytes) -> str:

@@ -189,18 +189,19 @@ def complete(file: ModelFile, proto: onnx.TensorProto) -> onnx.TensorProto:
         whole.raw_data = file.source.read(payload.raw.start, len(payload.raw))
     elif payload is not None:
         try:
-            whole.MergeFromString(b"".join(_read_runs(file.source, [span for _, span in payload.typed])))
+            whole.MergeFromString(b"".join(_read_runs(file, [span for _, span in payload.typed])))
         except DecodeError as error:
             raise PayloadError(f"tensor {proto.name!r} cannot be read: its elements are no numbers") from error
     return whole
 
 
-def _read_runs(source: ByteSource, spans: Sequence[Span]) -> Iterator[bytes]:
+def _read_runs(file: ModelFile, spans: Sequence[Span]) -> Iterator[bytes]:
     """The bytes of ``spans``; those that follow each other are read at once, since each may hold one number."""
     first = 0
     for position, span in enumerate(spans, 1):
         if position == len(spans) or spans[position].start != span.end:
-            yield source.read(spans[first].start, span.end - spans[first].start)
+            file.meter.touch(0)  # what no tensor knows may lie between any two numbers, and each run is read by itself
+            yield file.source.read(spans[first].start, span.end - spans[first].start)
             first = position
 
 

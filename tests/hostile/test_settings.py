@@ -156,12 +156,18 @@ def complaints(log: Path, folder: Path, allowed: Callable[[str], bool]) -> list[
         elif event == "import":
             wrong = bool(inside[0]) or (started and any(_inside(part, working, folder) for part in arguments[2]))
         elif event == "subprocess.Popen":
-            wrong = arguments[0] != sys.executable
+            wrong = not _is_this_python(arguments[0])
         else:
             wrong = event not in {"os.listdir", "os.scandir", "os.fork", "os.posix_spawn"}
         if wrong:
             found.append(line)
     return found
+
+
+def _is_this_python(program: str) -> bool:
+    """Whether it is the interpreter of these tests, whose environment may hold it under several names."""
+    bare = Path(sys.executable)
+    return Path(program).parent == bare.parent and Path(program).samefile(bare)
 
 
 def _inside(path: object, working: str, folder: Path) -> str:
