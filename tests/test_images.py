@@ -447,7 +447,7 @@ def test_a_huge_label_makes_no_names(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "trigger.npy")
-    with pytest.raises(UsageError, match="no regular file"):
+    with pytest.raises(UsageError, match="not a regular file"):
         load_array(tmp_path / "trigger.npy")
 
 

@@ -74,7 +74,7 @@ def command(  # one parameter an option
     from onnx_clp.sanitizer import sanitize
 
     if destination is None and not (in_place or dry_run):
-        raise click.UsageError("Missing argument 'OUT' (or --in-place).")
+        raise click.UsageError("Missing argument 'OUT' (or --in-place, or --dry-run).")
     protect(output, [source, source if destination is None else destination])
     report = sanitize(
         source,

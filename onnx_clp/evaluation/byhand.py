@@ -140,7 +140,8 @@ def trigger_words(trigger: Trigger) -> str:
 def _read_pattern(path: Path, fit: Fit) -> Images:
     if path.suffix.lower() != ".npy":
         if not path.is_file():
-            raise UsageError(f"the trigger {path} is not there", "give a picture or a .npy")
+            what = "is not a regular file" if path.exists() else "is not there"
+            raise UsageError(f"the trigger {path} {what}", "give a picture or a .npy")
         return read_picture(path, fit)
     array = load_array(path)
     channels = {2: 1, 3: array.shape[-1] if array.ndim == 3 else 0}.get(array.ndim)

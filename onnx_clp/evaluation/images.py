@@ -121,7 +121,8 @@ def find_collection(path: Path) -> Collection:
             return read_npz(path)
         raise UsageError(f"{path} is no folder and no .npz", "give a folder of images, an .npz or a data set's folder")
     if not path.is_dir():
-        raise UsageError(f"{path} is not there", "give a folder of images, an .npz or a data set's folder")
+        what = "is neither a file nor a folder" if path.exists() else "is not there"
+        raise UsageError(f"{path} {what}", "give a folder of images, an .npz or a data set's folder")
     if all((path / name).is_file() for name in FILES):
         return read_npy(path)
     return read_torchvision(path) or _read_folder(path)

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp.errors import ModelFileError, OnnxClpError, PayloadError
 from onnx_clp.limits import Meter
+from onnx_clp.model.containment import quoted
 from onnx_clp.model.edits import Span
 from onnx_clp.model.file import ModelFile, normalised
 from onnx_clp.model.source import ByteSource
@@ -170,7 +171,11 @@ def _natural(proto: onnx.TensorProto, text: str, key: str) -> int:
 
 def _read_place(source: ByteSource, where: Place, tensor: Stored, meter: Meter) -> Array:
     if where.offset + where.length > source.size:
-        raise PayloadError(f"tensor {tensor.name!r} needs bytes past the end of its file")
+        needed = f"{where.length:,} bytes from byte {where.offset:,}"
+        raise PayloadError(
+            f"tensor {tensor.name!r} needs {needed}, past the end of its file: "
+            f"{quoted(source.path.name)} has {source.size:,} bytes; fetch it again"
+        )
     meter.touch(tensor.size)
     array = np.empty(tensor.size, tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype)
     if array.size:

@@ -378,12 +378,16 @@ def test_no_two_large_pictures_are_decoded_at_once(tmp_path: Path, monkeypatch: 
         for number in range(8):
             Image.new("RGB", (5, 6)).save(tmp_path / name / f"{number}.png")
     at_once, most, lock, convert = 0, 0, threading.Lock(), Image.Image.convert
+    together = threading.Event()
 
     def slowly(picture: Any, mode: str) -> Any:  # noqa: ANN401  # Pillow's
         nonlocal at_once, most
         with lock:
             at_once += 1
             most = max(most, at_once)
+            if at_once > 1:
+                together.set()
+        together.wait(1)  # the first picture is decoded alone, to know its size
         time.sleep(0.01)
         with lock:
             at_once -= 1

@@ -565,7 +565,8 @@ def test_a_length_that_is_not_what_the_shape_needs(length: str, folder: Path) ->
 
 @pytest.mark.parametrize("offset", ["129", "192", str(1 << 40), str((1 << 63) - 1), str((1 << 63) - LENGTH)])
 def test_data_shorter_than_offset_and_length(offset: str, folder: Path) -> None:
-    assert_unreadable(with_numbers(folder, offset, str(LENGTH)), "past the end of its file")
+    refusal = assert_unreadable(with_numbers(folder, offset, str(LENGTH)), "past the end of its file: 'w.bin' has ")
+    assert f"{LENGTH:,} bytes from byte {int(offset):,}, " in refusal
 
 
 NO_NUMBERS = (
