@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from onnx_clp.errors import UsageError
+from onnx_clp.model import source
 
 LARGEST: Final = 1 << 34
 """Bytes of images that are held in memory: the 50,000 validation images of ImageNet take half of it."""
@@ -26,14 +26,10 @@ def open_regular(path: Path) -> BinaryIO:
     Raises:
         OSError: There is none, or it cannot be read. A FIFO, a device or a socket is not waited for.
     """
-    # A device does something when it is opened, so that it is looked at before; what takes its place until it is opened
-    # is opened without waiting.
-    if stat.S_ISREG(path.stat().st_mode):
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return os.fdopen(descriptor, "rb")
-        os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a regular file", str(path))
+    descriptor = source.open_regular(path)
+    if descriptor is None:
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def size_of(file: BinaryIO) -> int:

@@ -35,9 +35,6 @@ class ByteSource:
         """
         self._descriptor = _open(path) if descriptor is None else descriptor
         status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self._descriptor)
-            raise ModelFileError(f"{path} is not a regular file")
         self.path = path
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino)
@@ -100,16 +97,30 @@ def _state(status: os.stat_result) -> tuple[int, int, int]:
 
 def _open(path: Path) -> int:
     try:
-        # Opening a device can do something, so that it is looked at before. What takes its place in between is opened
-        # with O_NONBLOCK: a FIFO that nobody writes to must not hang.
-        regular = stat.S_ISREG(path.stat().st_mode)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if regular else None
+        descriptor = open_regular(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelFileError(f"cannot open {path}: {reason}") from error
     if descriptor is None:
         raise ModelFileError(f"{path} is not a regular file")
     return descriptor
+
+
+def open_regular(path: Path) -> int | None:
+    """A descriptor to read the regular file ``path``; None where it is another kind of file.
+
+    A FIFO, a device or a socket is not waited for, and nothing is done to it. Raises OSError as ``os.open`` does, and
+    ValueError for a path with NUL.
+    """
+    # Opening a device can do something, so that it is looked at before. What takes its place in between is opened with
+    # O_NONBLOCK: a FIFO that nobody writes to must not hang.
+    if not stat.S_ISREG(path.stat().st_mode):
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 @contextmanager
