@@ -34,6 +34,9 @@ NAME_LIMIT: Final = 1000
 BYTES_PER_NODE: Final = 256
 """Bytes of a called function that count as one node more: every call reads its names and attributes again."""
 
+NODES_PER_CALL: Final = 3
+"""What a call costs beside the nodes of its body: names of its own, and defaults."""
+
 PARTS_PER_NODE: Final = 8
 """Inputs, outputs and attributes, of nodes, graphs and functions, that count as one node more."""
 
@@ -216,7 +219,7 @@ class _Builder:
                 raise ModelFileError(f"{self.file.path} has functions that call each other {CALL_DEPTH_LIMIT} deep")
             if key not in self.sizes:
                 self.sizes[key] = function.ByteSize()
-            self.spend(self.sizes[key] // BYTES_PER_NODE)
+            self.spend(NODES_PER_CALL + self.sizes[key] // BYTES_PER_NODE)
             self.function(function, name, inputs, outputs, attributes, (*scope.chain, key), scope.depth + 1)
             return
         subgraphs = [
