@@ -429,40 +429,6 @@ def test_a_dangling_link_counts_as_existing(tmp_path: Path) -> None:
     assert target.is_symlink()
 
 
-def _same(source: Path) -> Path:
-    return source
-
-
-def _spelled_otherwise(source: Path) -> Path:
-    return source.parent / "." / ".." / source.parent.name / source.name
-
-
-def _symlink(source: Path) -> Path:
-    link = source.with_name("link.onnx")
-    link.symlink_to(source)
-    return link
-
-
-def _hard_link(source: Path) -> Path:
-    link = source.with_name("hard.onnx")
-    link.hardlink_to(source)
-    return link
-
-
-@pytest.mark.parametrize("other", [_same, _spelled_otherwise, _symlink, _hard_link])
-@pytest.mark.parametrize("force", [False, True])
-def test_the_input_is_not_overwritten_without_in_place(
-    other: Callable[[Path], Path], tmp_path: Path, *, force: bool
-) -> None:
-    source = saved("folded", tmp_path)
-    target = other(source)
-    before = contents(tmp_path)
-    with pytest.raises(UsageError, match="input itself") as caught:
-        sanitize(source, target, force=force)
-    assert "--in-place" in caught.value.hint
-    assert contents(tmp_path) == before
-
-
 @pytest.mark.parametrize("case", ["folded", *EXTERNAL])
 def test_in_place_every_file_stays_but_the_model_and_data_that_changes_gets_a_new_name(
     case: str, tmp_path: Path

@@ -320,6 +320,55 @@ def test_who_may_not_read_the_model_may_not_read_the_copy(tmp_path: Path) -> Non
 # ---- what lies at the destination
 
 
+def _same(source: Path) -> Path:
+    return source
+
+
+def _spelled_otherwise(source: Path) -> Path:
+    return source.parent / "." / ".." / source.parent.name / source.name
+
+
+def _symlink(source: Path) -> Path:
+    link = source.with_name("link.onnx")
+    link.symlink_to(source)
+    return link
+
+
+def _hard_link(source: Path) -> Path:
+    link = source.with_name("hard.onnx")
+    link.hardlink_to(source)
+    return link
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("other", [_same, _spelled_otherwise, _symlink, _hard_link])
+def test_the_input_under_any_name_at_the_destination_is_refused(
+    other: Callable[[Path], Path], tmp_path: Path, *, force: bool
+) -> None:
+    source = inline(tmp_path)
+    target = other(source)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="input itself") as caught:
+        sanitize(source, target, force=force)
+    assert "--in-place" in caught.value.hint
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_at_the_destination_is_refused(tmp_path: Path, *, force: bool, linked: bool) -> None:
+    source, target = inline(tmp_path), tmp_path / "out.onnx"
+    folder = tmp_path / "folder" if linked else target
+    folder.mkdir()
+    if linked:
+        target.symlink_to(folder)
+    with pytest.raises(UsageError, match=r"out\.onnx is a folder"):
+        sanitize(source, target, force=force)
+    assert list(folder.iterdir()) == []
+    assert target.is_symlink() is linked
+    assert nothing_left(tmp_path)
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_pipe_at_the_destination_is_refused(tmp_path: Path, *, force: bool, linked: bool) -> None:
