@@ -15,17 +15,17 @@ from typing import Final
 import numpy as np
 
 from onnx_clp.errors import PayloadError
+from onnx_clp.extents import Extents
 from onnx_clp.flow import Flow, Indices, Joined, Lost, Normalised, Picked, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import UNFIT, Constants
-from onnx_clp.model.fold import slices, starts_before
+from onnx_clp.model.fold import starts_before
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import AXES_LIMIT, ELEMENT_LIMIT
 from onnx_clp.operators import channel_count, linear
 from onnx_clp.shapes import Shapes
 
 _ONE_LIPSCHITZ: Final = frozenset(
-    """Identity Cast Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg MaxPool AveragePool GlobalAveragePool
-    GlobalMaxPool Resize Upsample""".split()  # noqa: SIM905  # read as a sentence
+    "Identity Cast Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg".split()  # noqa: SIM905  # read as a sentence
 )
 """Operators that keep the channels where they are and make no difference larger (rounding aside)."""
 
@@ -106,8 +106,17 @@ class _Tracer:
             each = [result] * len(node.outputs) if isinstance(result, Flow | Lost) else result
             for value, flow in zip(node.outputs, each, strict=False):
                 if value != MISSING and self.constants.get(value) is None:
-                    self.flows[value] = flow
+                    self.flows[value] = flow if self.fits(value, flow) else Lost(node.full_op_type[:OPERATOR_LIMIT])
         return Trace(tuple(self.sources), self.flows, self.refused)
+
+    def fits(self, value: int, flow: Flow | Lost) -> bool:
+        """Whether ``value`` has as many channels as ``flow`` says where it says them, as far as that is known."""
+        extents = self.shapes.extents(value)
+        if isinstance(flow, Lost) or extents is None:
+            return True
+        return all(
+            axis < len(extents) and extents[axis] == size for axis, size in zip(flow.axes, flow.sizes, strict=True)
+        )
 
     def result(self, node: Node) -> Result:
         if linear(node) is not None:
@@ -232,6 +241,8 @@ class _Tracer:
             if (
                 maker is not None
                 and maker.op_type == "DynamicQuantizeLinear"
+                and maker.standard
+                and dynamic == maker.outputs[1]
                 and self.constants.get(constant) is not None
             ):
                 return constant
@@ -258,6 +269,14 @@ class _Tracer:
     def same(self, _: Node, flow: Flow) -> Result:
         return flow
 
+    def pool(self, _: Node, flow: Flow) -> Result:
+        """The channels of a pooling are axis 1, whatever came before it; all that follows are positions."""
+        return flow if flow.axes == (1,) else None
+
+    def resize(self, node: Node, flow: Flow) -> Result:
+        rank = self.shapes.rank(node.inputs[0])
+        return flow if rank is not None and set(flow.axes) <= self.shapes.known.kept_by_resize(node, rank) else None
+
     def quantised(self, node: Node, flow: Flow) -> Result:
         """QuantizeLinear and DequantizeLinear by one scale for all channels: a change of unit, and rounding."""
         shape = self.constants.shape(node.input(1))
@@ -265,7 +284,7 @@ class _Tracer:
 
     def batch_normalization(self, node: Node, flow: Flow) -> Result:
         shapes = {self.constants.shape(node.input(position)) for position in range(1, 5)}
-        if shapes != {(flow.channels,)} or flow.axis not in {1, -1} or training_reason(node) is not None:
+        if shapes != {(flow.channels,)} or flow.axis != 1 or training_reason(node) is not None:
             return None
         return Flow(self.add(Normalised(flow.source, node)), flow.sizes, (1,))
 
@@ -317,9 +336,8 @@ class _Tracer:
 
     def slice(self, node: Node, flow: Flow) -> Result:
         rank = self.shapes.rank(node.inputs[0])
-        try:
-            taken = slices(node, [None, *(self.constants.small(value) for value in node.inputs[1:])], rank or 0)
-        except ValueError:
+        taken = self.shapes.known.taken(node, rank or 0)
+        if taken is None:
             # The bounds are not constant; which axes they are of may be.
             axes = self.shapes.numbers(node.input(3))
             elsewhere = rank is not None and axes is not None and not {axis % rank for axis in axes} & set(flow.axes)
@@ -340,7 +358,9 @@ class _Tracer:
             return flow
         if any(not -flow.channels <= index < flow.channels for index in indices):
             return None
-        return self.pick(flow, np.array(indices, np.int64) % flow.channels)
+        picked = np.array(indices, np.int64) % flow.channels
+        # Channels that are there several times would be company for each other, and none of them stand out.
+        return self.pick(flow, picked) if np.unique(picked).size == picked.size else None
 
     def pad(self, node: Node, flow: Flow) -> Result:
         """Padding of other axes than the channels'."""
@@ -366,58 +386,35 @@ class _Tracer:
         )
 
     def reshape(self, node: Node, flow: Flow) -> Result:
-        """A channel axis split in several, several joined again, or pooled channels in another form."""
-        target = self.shapes.reshape_target(node)
-        if target is None:
+        """A channel axis split in several, several joined again, or pooled channels in another form.
+
+        The elements stay in their order. So where the batch keeps its extent, and the extents behind it multiply to the
+        channels, these are the channels again.
+        """
+        given, target = self.shapes.extents(node.inputs[0]), self.shapes.extents(node.outputs[0])
+        if not given or not target or target[0] != given[0] or flow.axes != tuple(range(1, 1 + len(flow.axes))):
             return None
         if node.inputs[0] in self.shapes.pooled:
-            axes = [axis for axis, size in enumerate(target) if size == flow.channels]
-            return Flow(flow.source, (flow.channels,), (axes[0],)) if len(axes) == 1 else None
-        if flow.axes != tuple(range(1, 1 + len(flow.axes))):
-            return None
+            axes = [axis for axis, size in enumerate(target) if axis and size == flow.channels]
+            alone = all(size == 1 for axis, size in enumerate(target) if axis and axis not in axes)
+            return Flow(flow.source, (flow.channels,), (axes[0],)) if len(axes) == 1 and alone else None
         sizes = _channel_extents(target, flow.channels)
-        if (
-            not sizes
-            or not self.batch_kept(node, target[0])
-            or not self.positions_kept(node, flow, target[1 + len(sizes) :])
-        ):
-            return None
-        return Flow(flow.source, sizes, tuple(range(1, 1 + len(sizes))))
-
-    def batch_kept(self, node: Node, batch: int | None) -> bool:
-        """Whether the first extent of a target can be the batch."""
-        shape = self.graph.shapes.get(node.inputs[0])
-        return batch in {0, None, -1} or not shape or shape[0] in {None, batch}
-
-    def positions_kept(self, node: Node, flow: Flow, rest: Sequence[int | None]) -> bool:
-        """Whether what follows the channels in a target can be the positions alone."""
-        shape = self.graph.shapes.get(node.inputs[0])
-        positions = None if shape is None else shape[1 + len(flow.axes) :]
-        if positions is None or None in positions or not {None, -1, 0}.isdisjoint(rest):
-            return True
-        return math.prod(size or 0 for size in positions) == math.prod(size or 0 for size in rest)
+        return Flow(flow.source, sizes, tuple(range(1, 1 + len(sizes)))) if sizes else None
 
     def flatten(self, node: Node, flow: Flow) -> Result:
         pooled = node.inputs[0] in self.shapes.pooled and flow.axis == 1 and node.integer("axis", 1) == 1
         return flow if pooled else None
 
 
-def _channel_extents(target: Sequence[int | None], channels: int) -> tuple[int, ...]:
-    """The extents after the batch that multiply to ``channels``; empty where none do.
-
-    Batch before, channels next, positions after: the leading extents that multiply to the channels are theirs.
-    """
+def _channel_extents(target: Extents, channels: int) -> tuple[int, ...]:
+    """The extents after the batch that multiply to ``channels``; empty where none do."""
     sizes: list[int] = []
     product = 1
-    for size in target[1 : 1 + AXES_LIMIT]:
-        if size == 0 or (size == -1 and not sizes):
-            size = channels // product  # noqa: PLW2901  # 0 copies the extent, −1 takes what is left
-        if size is None or size < 1:
+    for size in target[1:]:
+        if not isinstance(size, int) or size < 1 or (sizes and product == channels):
             break
         sizes.append(size)
         product *= size
-        if product >= channels:
-            break
     return tuple(sizes) if product == channels else ()
 
 
@@ -434,6 +431,8 @@ _OF_SEVERAL: Final[Mapping[str, Callable[[_Tracer, Node], Result]]] = MappingPro
 
 _OF_ONE: Final[Mapping[str, Callable[[_Tracer, Node, Flow], Result]]] = MappingProxyType(
     dict.fromkeys(_ONE_LIPSCHITZ, _Tracer.same)
+    | dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _Tracer.pool)
+    | dict.fromkeys(("Resize", "Upsample"), _Tracer.resize)
     | {
         "BatchNormalization": _Tracer.batch_normalization,
         "DequantizeLinear": _Tracer.quantised,

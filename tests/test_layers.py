@@ -37,7 +37,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model.place",),
     # the sites and their bounds
     ("operators",),
-    ("shapes", "heads", "flow"),
+    ("extents", "heads", "flow"),
+    ("shapes",),
     ("trace",),
     ("sites",),
     ("kernels",),

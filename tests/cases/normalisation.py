@@ -231,7 +231,10 @@ def unsqueeze_of_an_axis_from_the_end() -> Net:
     """A MatMul of a value of unknown rank has its channels on the last axis, which is not counted on behind it."""
     net = Net()
     x = net.feed(1, 8, 12)
-    x = net.op("Reshape", x, net.op("Shape", net.feed(1, 8, 12, name="like"), name="size"), name="unknown")
+    size = net.op("Shape", net.feed(1, 8, 12, name="like"), name="shape")
+    x = net.op(
+        "Reshape", x, net.op("Compress", size, net.tensor(np.ones(3, np.bool_), "all"), name="size"), name="unknown"
+    )
     x = net.op("MatMul", x, net.tensor(net.kernel(16, 12).T, "w"), name="matmul")
     net.give(x, rank=3)
     x = net.with_axes("Unsqueeze", x, 2, name="unsqueeze")
