@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 
 class OnnxClpError(Exception):
     """Base of every error this package raises on purpose.
@@ -46,3 +48,12 @@ class PayloadError(OnnxClpError):
 
 class VerificationError(OnnxClpError):
     """A rewritten file did not pass its own verification and was removed."""
+
+
+Kept = TypeVar("Kept", bound=OnnxClpError)
+
+
+def kept(error: Kept) -> Kept:
+    """``error`` as a value to keep, without the frames that it came through: all that they hold would be kept too."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

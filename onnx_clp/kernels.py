@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_clp.bounds import spectral_norms
-from onnx_clp.errors import PayloadError
+from onnx_clp.errors import PayloadError, kept
 from onnx_clp.flow import Joined, Normalised, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.limits import Meter
 from onnx_clp.model.constants import Constants
@@ -56,7 +56,7 @@ def measure(survey: Survey, trace: Trace, constants: Constants) -> tuple[tuple[M
             constants.meter.hold(result.nbytes)
             held += result.nbytes
         except PayloadError as error:
-            results[index] = error
+            results[index] = kept(error)
     constants.meter.release(held)  # all but the bounds of the sites are gone with ``results``
     measured: list[Measured] = []
     unreadable: list[Skipped] = []

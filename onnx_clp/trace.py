@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from onnx_clp.errors import PayloadError
+from onnx_clp.errors import PayloadError, kept
 from onnx_clp.extents import Extents
 from onnx_clp.flow import Flow, Indices, Joined, Lost, Normalised, Picked, Produced, Scaled, Source, Summed, Trace
 from onnx_clp.model.constants import UNFIT, Constants
@@ -22,6 +22,7 @@ from onnx_clp.model.fold import starts_before
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import AXES_LIMIT, ELEMENT_LIMIT
 from onnx_clp.operators import channel_count, linear
+from onnx_clp.origins import Origins
 from onnx_clp.shapes import Shapes
 
 _ONE_LIPSCHITZ: Final = frozenset(
@@ -89,6 +90,7 @@ class _Tracer:
         self.constants = constants
         self.shapes = shapes
         self.sources: list[Source] = []
+        self.origins = Origins(self.sources, constants.meter)
         self.flows: dict[int, Flow | Lost] = {}
         self.refused: dict[int, PayloadError] = {}
 
@@ -98,7 +100,7 @@ class _Tracer:
             try:
                 result = self.result(node)
             except PayloadError as error:
-                result = Lost(node.full_op_type[:OPERATOR_LIMIT], error)
+                result = Lost(node.full_op_type[:OPERATOR_LIMIT], kept(error))
             except (*UNFIT, ZeroDivisionError):  # a node that does not fit its inputs loses their channels
                 result = None
             if result is None:
@@ -138,6 +140,12 @@ class _Tracer:
         self.sources.append(source)
         return len(self.sources) - 1
 
+    def begin(self, source: Produced | Summed, channels: int) -> int:
+        """Add a source whose channels are new ones."""
+        index = self.add(source)
+        self.origins.begin(index, channels)
+        return index
+
     def numbered(self, channels: int) -> Indices:
         """0, 1, 2 … for ``channels`` channels, which may be as many as somebody likes to declare."""
         self.constants.meter.touch(channels)
@@ -171,17 +179,17 @@ class _Tracer:
                 raise self.constants.refusal(value)  # one way out for both kinds of refusal
             channels = channel_count(node, shape)
         except PayloadError as error:
-            self.refused[node.index] = error
+            self.refused[node.index] = kept(error)
             return Lost(node.full_op_type[:OPERATOR_LIMIT], error)
         rank = self.shapes.rank(node.inputs[0])
         axis = 1 if description.convolves or node.op_type == "Gemm" else -1 if rank is None else rank - 1
-        flow = Flow(self.add(Produced(node)), (channels,), (axis,))
+        flow = Flow(self.begin(Produced(node), channels), (channels,), (axis,))
         if node.op_type != "FusedConv" or node.input(3) == MISSING:
             return flow
         other = self.flow(node.input(3))  # a FusedConv adds its fourth input before its activation
         if isinstance(other, Lost) or other.sizes != flow.sizes:
             return other if isinstance(other, Lost) else None
-        return replace(flow, source=self.add(Summed((flow.source, other.source))))
+        return replace(flow, source=self.begin(Summed((flow.source, other.source)), flow.channels))
 
     def sum(self, node: Node) -> Result:
         """Add, Sub and Sum: constants do not change a difference, sources add up."""
@@ -203,7 +211,7 @@ class _Tracer:
                 return None
         if len(flows) == 1:
             return flows[0]
-        return replace(flows[0], source=self.add(Summed(tuple(flow.source for flow in flows))))
+        return replace(flows[0], source=self.begin(Summed(tuple(flow.source for flow in flows)), flows[0].channels))
 
     def product(self, node: Node) -> Result:
         """Mul and Div by a constant, or by the run-time scale of a dynamically quantised input."""
@@ -259,10 +267,11 @@ class _Tracer:
                 return None
             flows.append(flow)
         channels = sum(flow.channels for flow in flows)
-        if channels > ELEMENT_LIMIT:  # doubled again and again
+        if channels > ELEMENT_LIMIT:
             return None
         source = self.add(Joined(tuple(flow.source for flow in flows)))
-        return Flow(source, (channels,), (axis,))
+        # Channels that are there several times would be company for each other, and none of them stand out.
+        return None if self.origins.repeated(source) else Flow(source, (channels,), (axis,))
 
     # -- operators of one input --------------------------------------------------------------------------------------
 
@@ -358,9 +367,8 @@ class _Tracer:
             return flow
         if any(not -flow.channels <= index < flow.channels for index in indices):
             return None
-        picked = np.array(indices, np.int64) % flow.channels
-        # Channels that are there several times would be company for each other, and none of them stand out.
-        return self.pick(flow, picked) if np.unique(picked).size == picked.size else None
+        flow = self.pick(flow, np.array(indices, np.int64) % flow.channels)
+        return None if self.origins.repeated(flow.source) else flow
 
     def pad(self, node: Node, flow: Flow) -> Result:
         """Padding of other axes than the channels'."""

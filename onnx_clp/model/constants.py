@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import onnx
 
-from onnx_clp.errors import PayloadError
+from onnx_clp.errors import PayloadError, kept
 from onnx_clp.model.file import ModelFile
 from onnx_clp.model.fold import OPERATORS, VIEWS, compute, compute_shape
 from onnx_clp.model.graph import MISSING, Graph, Node
@@ -187,7 +187,7 @@ class Constants:
         try:
             self._known[value] = stored(proto)
         except PayloadError as error:
-            self._refused[value] = error
+            self._refused[value] = kept(error)
 
     def _visit(self, node: Node) -> None:
         """Make a constant of the first output of ``node`` where it is one."""

@@ -15,7 +15,7 @@ from typing import Final, Self
 import onnx
 from google.protobuf.message import DecodeError
 
-from onnx_clp.errors import ModelFileError
+from onnx_clp.errors import ModelFileError, kept
 from onnx_clp.limits import DEFAULT_LIMITS, Limits, Meter
 from onnx_clp.model.containment import (
     Names,
@@ -158,7 +158,7 @@ class ModelFile:
             except Refused as refusal:
                 self._data[location] = self._refusal(location, refusal)
             except ModelFileError as error:
-                self._data[location] = error
+                self._data[location] = kept(error)
         known = self._data[location]
         if isinstance(known, ModelFileError):
             raise known

@@ -7,6 +7,7 @@ every machine; that memory is bounded, from a limit on the address space of a pr
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_clp import Limits, ModelFileError, OnnxClpError, UsageError, sanitize, scan
+from onnx_clp import Layer, Limits, ModelFileError, OnnxClpError, UsageError, sanitize, scan
 from onnx_clp.cli import run
 from onnx_clp.errors import PayloadError
 from onnx_clp.limits import MEMORY_PER_BYTE, WORK_PER_BYTE, Meter
@@ -128,6 +129,18 @@ def test_what_comes_before_the_limit_is_judged_and_the_rest_said_to_be_skipped(t
     assert [layer.name for layer in report.layers] + skipped == [f"c{i}" for i in range(400)]
     assert report.layers
     assert skipped
+
+
+def test_what_is_refused_keeps_nothing_of_the_scan_in_memory(tmp_path: Path) -> None:
+    """An error that is kept as a value would hold the frames it came through, and those the report, in a circle."""
+    path = written(costly.many_wide(300, 100_000), tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        assert any(part.reason == "limit" for part in scan(path).skipped)
+        assert not [kept for kept in gc.get_objects() if isinstance(kept, Layer)]
+    finally:
+        gc.enable()
 
 
 def test_what_is_refused_takes_nothing_from_the_layers_after_it(tmp_path: Path) -> None:
