@@ -89,6 +89,7 @@ class Net:
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.declared: list[onnx.ValueInfoProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.sparse: list[onnx.SparseTensorProto] = []
         self.functions: list[onnx.FunctionProto] = []
@@ -240,7 +241,13 @@ class Net:
     def graph(self, name: str = "graph") -> onnx.GraphProto:
         """The graph as a proto."""
         graph = helper.make_graph(
-            self.nodes, name, self.inputs, self.outputs, self.initializers, sparse_initializer=self.sparse
+            self.nodes,
+            name,
+            self.inputs,
+            self.outputs,
+            self.initializers,
+            value_info=self.declared,
+            sparse_initializer=self.sparse,
         )
         if self.ir < 4:  # every initializer has to be an input, too
             for tensor in self.initializers:
