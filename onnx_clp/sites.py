@@ -243,8 +243,8 @@ class _Surveyor:
             return None
         axis = self.constant_axis(node, position)
         flow = self.trace.flows[node.inputs[1 - position]]
-        output = self.trace.flows[node.outputs[0]]
-        if axis is None or isinstance(flow, Lost) or isinstance(output, Lost):
+        output = self.trace.flows.get(node.outputs[0])
+        if axis is None or isinstance(flow, Lost) or not isinstance(output, Flow):
             return None
         tail = list(self.tail(node))
         end = tail[-1][1] if tail else node.outputs[0]
@@ -433,9 +433,11 @@ class _Surveyor:
         value = node.outputs[0]
         while value not in self.graph.outputs:
             readers = [reader for reader in self.graph.consumers.get(value, ()) if reader.index in self.graph.live]
-            if len(readers) != 1 or not readers[0].standard or not readers[0].outputs:
+            if len(readers) != 1:
                 break
-            reader = readers[0]
+            (reader,) = readers
+            if not reader.standard or not isinstance(self.trace.flows.get(next(iter(reader.outputs), MISSING)), Flow):
+                break
             if reader.op_type in {"Add", "Sub"} and len(reader.inputs) == 2:
                 position = 1 - reader.inputs.index(value)
                 axis = self.constant_axis(reader, position)

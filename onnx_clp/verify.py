@@ -165,7 +165,9 @@ def _check_runtime(
     if not trial.load.fine:
         return
     if trial.run is None:
-        yield Check("onnxruntime-run", passed=None, detail="no silenced channel can be observed")
+        yield Check(
+            "onnxruntime-run", passed=None, detail="no silenced channel can be observed: the scan alone says so"
+        )
         return
     if trial.run.kind == "usage":
         raise UsageError(trial.run.message, trial.run.hint)
@@ -207,5 +209,8 @@ def _observed(analysis: Analysis, done: Sequence[Choice]) -> Iterator[runtime.Ob
             continue
         rest = 0.0
         if site.rest != MISSING:
-            rest = float(analysis.constants.array(site.rest).ravel()[0])
+            zero_point = analysis.constants.small(site.rest)
+            if zero_point is None or zero_point.size != 1:
+                continue  # it is known at run time only, or the file does not hold it
+            rest = float(zero_point.ravel()[0])
         yield runtime.Observed(analysis.graph.name_of(site.output), site.axis, choice.channels, rest)

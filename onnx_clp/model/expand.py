@@ -78,6 +78,7 @@ class _Builder:
     def __init__(self, file: ModelFile) -> None:
         self.file = file
         self.names: list[str] = []
+        self.formals: set[str] = set()
         self.count = 0
         """What the expansion costs so far, in nodes."""
         self.drafts: list[Node] = []
@@ -303,6 +304,7 @@ class _Builder:
             defaults.setdefault(attribute.name, attribute)
         opsets = {_domain(entry.domain): entry.version for entry in function.opset_import}
         formals = frozenset(function.input)
+        self.formals |= formals
         path = f"{name}/"[:NAME_LIMIT]
         scope = _Scope(path, opsets, call={**defaults, **attributes}, chain=chain, formals=formals, depth=depth)
         for position, formal in enumerate(function.input):
@@ -446,6 +448,7 @@ def _build(file: ModelFile) -> Graph:
     return Graph(
         nodes=nodes,
         names=tuple(builder.names),
+        formals=frozenset(builder.formals),
         producers=producers,
         consumers={value: tuple(readers) for value, readers in consumers.items()},
         initializers=builder.initializers,

@@ -90,6 +90,7 @@ class Graph:
     Attributes:
         nodes: In topological order.
         names: Name of each value.
+        formals: Names that functions have for what they are called with, which are no values of their own.
         producers: The node that makes a value.
         consumers: The nodes that read a value, each once per input that does.
         initializers: Tensors by value, sparse ones too.
@@ -106,6 +107,7 @@ class Graph:
 
     nodes: tuple[Node, ...]
     names: tuple[str, ...]
+    formals: frozenset[str]
     producers: Mapping[int, Node]
     consumers: Mapping[int, tuple[Node, ...]]
     initializers: Mapping[int, onnx.TensorProto | onnx.SparseTensorProto]

@@ -118,7 +118,7 @@ class _Planner:
     held: int = 0
 
     def plan(self, wanted: Sequence[tuple[Sequence[Knob], Sequence[int]]]) -> Plan:
-        self.names.update(self.graph.names)
+        self.names.update(self.graph.names, self.graph.formals)
         patches: dict[Place, list[_Patch]] = defaultdict(list)
         copies: list[tuple[Knob, Array]] = []
         refused: dict[int, str] = {}
