@@ -18,7 +18,7 @@ from typing import Final
 
 from onnx_clp.errors import ModelFileError, UsageError, VerificationError
 from onnx_clp.model.file import open_model
-from onnx_clp.model.save import Rewrite, bears_name, check_unchanged
+from onnx_clp.model.save import Rewrite, bears_name, check_unchanged, rights
 
 LOCK_WAIT: Final = 10.0
 """Seconds to wait for another run that moves its files into the same folder, which takes some milliseconds."""
@@ -126,7 +126,7 @@ def _move(rewrite: Rewrite, *, keep_rights: bool) -> None:
     for copy in rewrite.files:
         if copy.target is not None:
             if keep_rights:
-                copy.path.chmod(copy.source.mode & 0o777)
+                copy.path.chmod(rights(copy.source.mode, copy.path.stat().st_gid, copy.source))
             copy.path.replace(copy.target)
 
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -200,11 +200,31 @@ def _copy(source: ByteSource, edits: Sequence[Edit], path: Path, target: Path | 
     path.parent.mkdir(parents=True, exist_ok=True)
     # As cp does: who may not read the source may not read the copy, and the umask holds.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, source.mode & 0o666 | 0o600)
+    _keep_group(descriptor, source)
     # Not flushed to the disk, as cp does not: a killed process loses nothing, and a power cut is not in scope.
     with FileIO(descriptor, "wb") as out:
         for piece in pieces(source, copy.edits):
             _write_all(out, piece)
     return copy
+
+
+def _keep_group(descriptor: int, source: ByteSource) -> None:
+    """Give the new file the group of ``source``, as far as that may be done."""
+    status = os.fstat(descriptor)
+    if status.st_gid != source.group:
+        with suppress(OSError):
+            os.fchown(descriptor, -1, source.group)
+        os.fchmod(descriptor, rights(status.st_mode, os.fstat(descriptor).st_gid, source))
+
+
+def rights(mode: int, group: int, source: ByteSource) -> int:
+    """What of ``mode`` a copy of ``source`` may have that belongs to ``group``.
+
+    Where that is another group than the source's, the members of both are others there, and nobody has more than each
+    of them had.
+    """
+    same = group == source.group
+    return mode & 0o777 if same else mode & 0o700 | mode & source.mode & source.mode >> 3 & 0o7
 
 
 def _write_all(out: FileIO, content: bytes) -> None:

@@ -39,6 +39,7 @@ class ByteSource:
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino)
         self.mode = stat.S_IMODE(status.st_mode)
+        self.group = status.st_gid
         self._state = _state(status)
 
     def read(self, start: int, length: int) -> bytes:

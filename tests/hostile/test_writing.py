@@ -35,6 +35,9 @@ from tests.hostile.children import NOBODY, Ask, children
 
 Snapshot = dict[str, bytes]
 
+GROUP = 1234
+"""Of which nobody is a member."""
+
 OTHER_DISK = "/dev/shm"  # noqa: S108  # a file system of its own, in which each test makes its own folder
 
 
@@ -315,6 +318,39 @@ def test_who_may_not_read_the_model_may_not_read_the_copy(tmp_path: Path) -> Non
         "model.onnx.data": 0o600,
         "model.onnx.data.2": 0o600,
     }
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to other groups")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_copy_belongs_to_the_group_of_the_model(tmp_path: Path, *, in_place: bool) -> None:
+    source = external(tmp_path)
+    for path in tmp_path.iterdir():
+        os.chown(path, -1, GROUP)
+        path.chmod(0o640)
+    target = source if in_place else tmp_path / "out.onnx"
+    report = sanitize(source, target, in_place=in_place)
+    for name in report.files:
+        status = (tmp_path / name).stat()
+        assert (status.st_gid, status.st_mode & 0o777) == (GROUP, 0o640)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to other groups")
+@pytest.mark.parametrize(("mode", "copied"), [(0o644, 0o604), (0o664, 0o604), (0o604, 0o600)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_where_the_group_cannot_be_kept_nobody_reads_the_copy_by_it(
+    mode: int, copied: int, ask: Ask, *, in_place: bool
+) -> None:
+    """The members of the model's group are others for the copy."""
+    with tempfile.TemporaryDirectory(prefix="onnx-clp-tests-") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        source = inline(folder)
+        os.chown(source, -1, GROUP)
+        source.chmod(mode)
+        target = source if in_place else folder / "out.onnx"
+        assert ask("sanitize", source, target, options={"in_place": in_place}, nobody=True).error == ""
+        status = target.stat()
+        assert (status.st_gid, status.st_mode & 0o777) == (NOBODY, copied)
 
 
 # ---- what lies at the destination
