@@ -126,6 +126,7 @@ class _Walk:
         if node.op_type == "ConvTranspose" and shape[1] == 1 and node.integer("group", 1) == shape[0] > 1:
             try:
                 self.constants.meter.fits(math.prod(shape))
+                self.constants.meter.touch(math.prod(shape))
                 kernel = self.constants.array(weight)
             except PayloadError:
                 return False

@@ -170,7 +170,7 @@ def _where_finite(bounds: Bounds, added: Sequence[tuple[int, int]], constants: C
     for value, axis in added:
         if value == MISSING or constants.get(value) is None:
             continue
-        constants.meter.fits(2 * _FLOAT64 * math.prod(constants.shape(value) or ()))
+        _spend(value, constants)
         finite = np.isfinite(constants.array(value).astype(np.float64))
         if finite.all() or -axis > finite.ndim:
             continue
@@ -181,9 +181,20 @@ def _where_finite(bounds: Bounds, added: Sequence[tuple[int, int]], constants: C
     return bounds
 
 
+def _spend(value: int, constants: Constants) -> None:
+    """Pay for two arrays of the size of a constant, of which the elements may be one number over and over."""
+    size = math.prod(constants.shape(value) or ())
+    constants.meter.fits(2 * _FLOAT64 * size)
+    constants.meter.touch(_PASSES * size)
+
+
+_PASSES: Final = 8
+"""What converting, comparing and reducing an array costs, in numbers touched once."""
+
+
 def _factors(part: Scaled, constants: Constants) -> Bounds:
     """The largest |constant| of each channel, shape (channels,), or of all, shape ()."""
-    constants.meter.fits(_FLOAT64 * math.prod(constants.shape(part.constant) or ()))
+    _spend(part.constant, constants)
     factor = np.abs(constants.array(part.constant).astype(np.float64))
     if part.divides:
         factor = 1 / factor

@@ -67,7 +67,7 @@ def channel_axis(node: Node, flow: Flow, rank: int | None, shape: tuple[int, ...
     """
     if math.prod(shape) == 1:
         return 0
-    if flow.axis is None or (rank is None and flow.axis != -1):
+    if 0 in shape or flow.axis is None or (rank is None and flow.axis != -1):
         return None
     if "axis" in node.attributes and flow.axis >= 0:  # up to opset 6 a constant says where it is laid against the data
         axis = flow.axis - node.integer("axis", 0) - len(shape)

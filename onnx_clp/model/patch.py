@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper, numpy_helper
 
 from onnx_clp.errors import PayloadError
 from onnx_clp.model.constants import UNFIT, Constant, Constants, Derived
@@ -347,8 +347,7 @@ class _Planner:
         original = self.graph.name_of(knob.value)
         name = self.free_name(original)
         self.unshared.append(original)
-        data_type = helper.np_dtype_to_tensor_dtype(silent.dtype)
-        tensor = TensorProto(name=name, dims=silent.shape, data_type=data_type, raw_data=silent.tobytes())
+        tensor = numpy_helper.from_array(silent, name)  # which packs what takes less than a byte
         node = NodeProto(op_type="Constant", output=[name], name=name)
         node.attribute.append(helper.make_attribute("value", tensor))
         start = layout.field.start

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp import runtime, sanitize, scan
 from tests.cases.net import PLANTED, Array, Net
@@ -108,3 +108,24 @@ def test_sizes_of_very_many_axes_are_no_sizes(operator: str, tmp_path: Path) -> 
     net.tail(net.conv(x, net.op(operator, *given, name="kernel"), name="conv"), 4)
     report = scan(saved(net, tmp_path))
     assert [(part.name, part.reason) for part in report.skipped if part.name == "conv"] == [("conv", "unreadable")]
+
+
+def test_a_kernel_of_four_bits_is_packed_in_its_copy(tmp_path: Path) -> None:
+    """No operator takes such a kernel as it is; what is written says all the same what was meant."""
+    net = Net(opset=21, ir=10)
+    kernel = np.random.default_rng(0).integers(-2, 3, (16, 3, 3, 3))
+    kernel[PLANTED] = 7
+    weight = helper.make_tensor("weight", TensorProto.INT4, kernel.shape, kernel.ravel())
+    net.tail(net.conv(net.feed(1, 3, 8, 8), net.tensor(weight, "weight"), name="conv", kernel_shape=[3, 3]), 16)
+    report = sanitize(saved(net, tmp_path), tmp_path / "out.onnx", u=2)
+    assert [part.channels for part in report.silenced] == [(PLANTED,)]
+    kernel[PLANTED] = 0
+    assert np.array_equal(own_constant(tmp_path / "out.onnx").astype(np.int64), kernel)
+
+
+@pytest.mark.parametrize("op", ["Mul", "Div", "Add", "Sub"])
+def test_a_constant_without_elements_is_no_factor(op: str, tmp_path: Path) -> None:
+    net = Net()
+    x = net.conv(net.feed(1, 3, 8, 8), net.kernel(16, 3, 3, 3), name="conv")
+    net.tail(net.op(op, x, net.tensor(np.zeros((0, 16, 1, 1), np.float32), "none"), name="odd"), 16)
+    assert [layer.name for layer in scan(saved(net, tmp_path)).layers] == ["conv"]
