@@ -17,7 +17,7 @@ import onnx
 
 from onnx_clp.errors import PayloadError, kept
 from onnx_clp.model.file import ModelFile
-from onnx_clp.model.fold import OPERATORS, VIEWS, compute, compute_shape
+from onnx_clp.model.fold import ARITHMETIC, OPERATORS, VIEWS, compute, compute_shape, is_half
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import Array, Place, Stored, place, read, stored
 
@@ -45,8 +45,19 @@ _WIDEST: Final = 8
 _POWER_WORK: Final = 256
 """What a power costs, in numbers touched: up to 200 nanoseconds, where other arithmetic takes one."""
 
+_DIVISION_WORK: Final = 16
+"""The same of a division of integers, which is towards zero."""
+
+_HALF_WORK: Final = 16
+"""The same of arithmetic in 16 bits, which no processor has here."""
+
+_TEMPORARIES: Final = 5
+"""Arrays that arithmetic makes on its way, where it is none of NumPy's single steps."""
+
 RECENT_LIMIT: Final = 1024
 """Small results that are kept, so that a chain of constants is not computed anew for each of its links."""
+
+_ROUNDING: Final = ARITHMETIC - {"Abs", "Neg"}
 
 Constant = Stored | Derived | Array
 
@@ -65,6 +76,8 @@ class Constants:
         self._known: dict[int, Constant] = {}
         self._refused: dict[int, PayloadError] = {}
         self._recent: OrderedDict[Derived, Array] = OrderedDict()
+        self._rounded: set[Derived] = set()
+        """What arithmetic in 16 bits has made, and what came of that."""
         for value, proto in graph.initializers.items():
             self._store(value, proto)
         for node in graph.nodes:
@@ -172,16 +185,24 @@ class Constants:
 
     def _size_in_memory(self, derived: Derived) -> int:
         """How many bytes the elements of ``derived`` take at most."""
-        return 0 if derived.node.op_type in VIEWS else _WIDEST * derived.size
+        if derived.node.op_type in VIEWS:
+            return 0
+        return _WIDEST * derived.size * (_TEMPORARIES if derived.node.op_type in ARITHMETIC else 1)
 
     def _compute(self, derived: Derived, operands: list[Array | None]) -> Array:
-        dear = _POWER_WORK if derived.node.op_type == "Pow" else 1
-        self.meter.touch(0 if derived.node.op_type in VIEWS else dear * derived.size)
+        op_type = derived.node.op_type
+        self.meter.touch(0 if op_type in VIEWS else _dearness(op_type, operands) * derived.size)
+        rounded = any(operand in self._rounded for operand in derived.operands if isinstance(operand, Derived))
         try:
-            return compute(derived.node, operands)
+            if rounded and op_type in ARITHMETIC:
+                raise ValueError("of numbers that were rounded to 16 bits, a step that runtimes leave out")
+            made = compute(derived.node, operands)
         except UNFIT as error:
             name = self._graph.name_of(derived.node.outputs[0])
-            raise PayloadError(f"weight {name!r} cannot be computed: {derived.node.op_type}: {error}") from error
+            raise PayloadError(f"weight {name!r} cannot be computed: {op_type}: {error}") from error
+        if rounded or (op_type in _ROUNDING and is_half(made)):
+            self._rounded.add(derived)
+        return made
 
     def _store(self, value: int, proto: onnx.TensorProto | onnx.SparseTensorProto) -> None:
         try:
@@ -200,8 +221,9 @@ class Constants:
             return
         operands = [None if value == MISSING else self._known.get(value) for value in node.inputs]
         if any(operand is None and value != MISSING for operand, value in zip(operands, node.inputs, strict=True)):
-            if self._known.get(node.inputs[0]) is None and node.inputs[0] in self._refused:
-                self._refused[node.outputs[0]] = self._refused[node.inputs[0]]
+            refused = next((value for value in node.inputs if value in self._refused), None)
+            if refused is not None:
+                self._refused[node.outputs[0]] = self._refused[refused]
             return
         if node.op_type == "Identity":
             self._known[node.outputs[0]] = operands[0]  # type: ignore[assignment]  # not None, or we had returned
@@ -242,3 +264,15 @@ class Constants:
                 self._known[output] = np.array(attribute.f if name == "value_float" else attribute.floats, np.float32)
             elif name in {"value_int", "value_ints"}:
                 self._known[output] = np.array(attribute.i if name == "value_int" else attribute.ints, np.int64)
+
+
+def _dearness(op_type: str, operands: Sequence[Array | None]) -> int:
+    """What an operator costs for each number, in numbers touched."""
+    if op_type == "Pow":
+        return _POWER_WORK
+    first = next((operand for operand in operands if operand is not None), None)
+    if op_type not in ARITHMETIC or first is None:
+        return 1
+    if op_type == "Div" and first.dtype.kind in "iu":
+        return _DIVISION_WORK
+    return _HALF_WORK if is_half(first) else 1

@@ -90,11 +90,17 @@ def _flatten(node: Node, operands: Operands) -> Array:
 def _cast(node: Node, operands: Operands) -> Array:
     data = _first(operands)
     dtype = helper.tensor_dtype_to_np_dtype(node.integer("to", 1))
-    if dtype.name.startswith(("float8", "float4")):
+    if dtype.name.startswith(_SHORT):
         raise PayloadError(f"is cast to {dtype}, whose rounding and saturation are not followed here")
+    if data.dtype.name.startswith(_SHORT) and dtype.kind in "iub":
+        raise PayloadError(f"is cast from {data.dtype} to {dtype}, of which runtimes make different numbers")
     if dtype.kind in "cO":
         raise PayloadError(f"is cast to {dtype}, which no weight has")
     return data.astype(dtype)
+
+
+_SHORT: Final = ("float8", "float4", "int4", "uint4", "int2", "uint2")
+"""Types of a byte or less that runtimes convert to in ways of their own."""
 
 
 def per_axis(parameter: Array, data: Array, axis: int, block: int) -> Array:
@@ -120,9 +126,15 @@ def _dequantize(node: Node, operands: Operands) -> Array:
     axis, block = node.integer("axis", 1), node.integer("block_size", 0)
     result = data.astype(np.float32)
     if len(operands) > 2 and operands[2] is not None:
+        if data.dtype.itemsize > _EXACT_IN_FLOAT32 and operands[2].any():
+            raise ValueError(f"of {data.dtype} with a zero point, of which float32 does not hold the difference")
         result = result - per_axis(operands[2], data, axis, block).astype(np.float32)
     result *= per_axis(scale, data, axis, block).astype(np.float32)
     return result if scale.dtype == np.float32 else result.astype(scale.dtype)
+
+
+_EXACT_IN_FLOAT32: Final = 2
+"""Bytes of the widest integers of which every difference is a float32."""
 
 
 def _quantize(node: Node, operands: Operands) -> Array:
@@ -138,6 +150,8 @@ def _quantize(node: Node, operands: Operands) -> Array:
     levels = np.rint(data.astype(np.float32) / per_axis(scale, data, axis, block).astype(np.float32))
     if zero is not None:
         levels += per_axis(zero, data, axis, block).astype(np.float32)
+    if np.isnan(levels).any():
+        raise ValueError("of NaN, of which runtimes make different integers")
     limits = np.iinfo(dtype)
     clipped: Array = np.clip(np.nan_to_num(levels), limits.min, limits.max)
     return clipped.astype(dtype)
@@ -145,17 +159,39 @@ def _quantize(node: Node, operands: Operands) -> Array:
 
 def _elementwise(operator: Callable[..., Array]) -> Callable[[Node, Operands], Array]:
     def compute(_: Node, operands: Operands) -> Array:
-        return operator(*(operand for operand in operands if operand is not None))
+        given = [operand for operand in operands if operand is not None]
+        made = operator(*given)
+        if is_half(made):
+            # onnxruntime computes it in float32, and may leave out the rounding to the short type and back.
+            wide = operator(*(operand.astype(np.float32) for operand in given))
+            off = np.abs(made.astype(np.float32) - wide) > _HALF_ROUNDING * np.abs(wide)
+            if np.any(off & np.isfinite(wide)):
+                raise ValueError(f"in {made.dtype}, beyond the range in which it is as good as float32")
+        return made
 
     return compute
+
+
+def is_half(array: Array) -> bool:
+    """Whether these are floating-point numbers of 16 bits."""
+    return array.dtype.name in {"float16", "bfloat16"}
+
+
+_HALF_ROUNDING: Final = 2.0**-8
+"""The relative error of a bfloat16 that is not subnormal, twice; a float16 has an eighth of it."""
 
 
 def _divide(left: Array, right: Array) -> Array:
     """Integers are divided towards zero (Div, versions 7 to 14)."""
     if left.dtype.kind not in "iu":
         return np.asarray(left / right)
-    quotient = np.abs(left) // np.abs(right)
-    return np.asarray(np.where((left < 0) != (right < 0), -quotient, quotient)).astype(left.dtype)
+    least = np.iinfo(left.dtype).min
+    if not right.all() or (least and np.any((right == -1) & (left == least))):
+        raise ValueError("by 0, or of the least number by -1, which a processor refuses")
+    quotient = left // right
+    if least:
+        quotient += (left % right != 0) & ((left < 0) != (right < 0))
+    return np.asarray(quotient)
 
 
 def _power(base: Array, exponent: Array) -> Array:
@@ -283,6 +319,9 @@ OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxy
 
 VIEWS: Final = frozenset({"ConstantOfShape", "Expand", "Identity", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose result is the operand's memory, seen in another way."""
+
+ARITHMETIC: Final = frozenset({"Abs", "Add", "Div", "Mul", "Neg", "Pow", "Reciprocal", "Sqrt", "Sub"})
+"""Operators that round."""
 
 _LIKE_FIRST: Final = frozenset({"Abs", "Cast", "DequantizeLinear", "Neg", "QuantizeLinear", "Reciprocal", "Sqrt"})
 _BROADCASTING: Final = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})

@@ -167,6 +167,26 @@ def powers(n: int) -> onnx.ModelProto:
     return model(nodes, [KERNEL, base, numpy_helper.from_array(np.ones((256, CHANNELS, 1, 1)), "exponent")])
 
 
+def expanded_beside(n: int, op_type: str, side: int) -> onnx.ModelProto:
+    """N convolutions, to each of which one number is added, or with which it is multiplied, at every position."""
+    nodes = [helper.make_node("Expand", ["one", "size"], ["large"])]
+    for i in range(n):
+        nodes += [conv("x", f"c{i}"), helper.make_node(op_type, [f"c{i}", "large"], [f"s{i}"])]
+    nodes.append(helper.make_node("Sum", [f"s{i}" for i in range(n)], ["sum"]))
+    nodes += [helper.make_node("Relu", ["sum"], ["r"]), conv("r", "y")]
+    one = numpy_helper.from_array(np.ones((1, CHANNELS, 1, 1), np.float32), "one")
+    return model(nodes, [KERNEL, one, numbers("size", 1, CHANNELS, side, side)])
+
+
+def enlarged(n: int, side: int) -> onnx.ModelProto:
+    """N ConvTransposes in a row with a kernel that is one number over and over."""
+    nodes = [conv("x", "c"), helper.make_node("Expand", ["one", "size"], ["large"])]
+    given = ["c", *(f"t{i}" for i in range(n))]
+    nodes += [helper.make_node("ConvTranspose", [given[i], "large"], [f"t{i}"], group=CHANNELS) for i in range(n)]
+    one = numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "one")
+    return model(nodes, [KERNEL, one, numbers("size", CHANNELS, 1, side, side)], output=f"t{n - 1}")
+
+
 def many_edges(n: int) -> onnx.ModelProto:
     """A node that reads one value n times and makes n, of which a BatchNormalization reads one."""
     nodes = [conv("x", "first"), helper.make_node("Relu", ["first"] * n, [f"v{i}" for i in range(n)])]

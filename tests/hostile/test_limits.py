@@ -19,6 +19,8 @@ from types import FrameType
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import DTypeLike
+from onnx import numpy_helper
 
 from onnx_clp import Layer, Limits, ModelFileError, OnnxClpError, UsageError, sanitize, scan
 from onnx_clp.cli import run
@@ -187,6 +189,48 @@ def test_powers_cost_more_than_sums(tmp_path: Path) -> None:
     for node in made.graph.node:
         node.op_type = "Mul" if node.op_type == "Pow" else node.op_type
     assert [layer.name for layer in scan(written(made, tmp_path), limits=few).layers] == ["powered"]
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many numbers each step was paid for."""
+    steps: list[int] = []
+    touch = Meter.touch
+
+    def counted(meter: Meter, elements: int) -> None:
+        steps.append(elements)
+        touch(meter, elements)
+
+    monkeypatch.setattr(Meter, "touch", counted)
+    return steps
+
+
+@pytest.mark.parametrize(
+    "made",
+    [*(costly.expanded_beside(10, op_type, 64) for op_type in ("Add", "Mul", "Div")), costly.enlarged(10, 64)],
+    ids=["Add", "Mul", "Div", "ConvTranspose"],
+)
+def test_a_number_that_stands_for_many_is_paid_for_wherever_it_is_read(
+    made: onnx.ModelProto, tmp_path: Path, touched: list[int]
+) -> None:
+    scan(written(made, tmp_path))
+    assert sum(elements >= costly.CHANNELS * 64 * 64 for elements in touched) >= 10
+
+
+def test_dear_arithmetic_is_paid_for(tmp_path: Path, touched: list[int]) -> None:
+    def cost(op_type: str, dtype: DTypeLike) -> int:
+        made = costly.powers(1)
+        made.graph.node[0].op_type = op_type
+        del made.graph.initializer[1:]
+        constant = np.ones((256, costly.CHANNELS, 1, 1), dtype)
+        made.graph.initializer.extend(numpy_helper.from_array(constant, name) for name in ("base", "exponent"))
+        touched.clear()
+        scan(written(made, tmp_path))
+        return sum(touched)
+
+    assert cost("Div", np.int64) > 2 * cost("Sub", np.int64)
+    assert cost("Sub", np.float16) > 2 * cost("Sub", np.float32)
+    assert cost("Pow", np.float32) > 20 * cost("Sub", np.float32)
 
 
 def test_more_work_and_memory_can_be_given(tmp_path: Path) -> None:
