@@ -193,16 +193,12 @@ _PASSES: Final = 8
 
 
 def _factors(part: Scaled, constants: Constants) -> Bounds:
-    """The largest |constant| of each channel, shape (channels,), or of all, shape ()."""
+    """The |constant| of each channel, shape (channels,), or of all, shape ()."""
     _spend(part.constant, constants)
     factor = np.abs(constants.array(part.constant).astype(np.float64))
     if part.divides:
         factor = 1 / factor
-    if part.axis == 0:
-        return factor.reshape(())
-    channel_axis = factor.ndim + part.axis
-    largest: Bounds = np.max(factor, axis=tuple(axis for axis in range(factor.ndim) if axis != channel_axis))
-    return largest
+    return factor.reshape(() if part.axis == 0 else -1)
 
 
 def normalisation_factors(node: Node, constants: Constants) -> Bounds:

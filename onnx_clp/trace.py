@@ -225,7 +225,9 @@ class _Tracer:
                 return flow
             shape = None if constant is None else self.constants.shape(constant)
             axis = None if shape is None else channel_axis(node, flow, self.shapes.rank(value), shape)
-            if constant is None or axis is None:
+            # A constant with other numbers at other positions is no factor: one loud corner, which may be cut off,
+            # would make a channel as loud as another is everywhere.
+            if constant is None or axis is None or shape is None or math.prod(shape) not in {1, flow.channels}:
                 return None
             scaled = Scaled(flow.source, constant, axis, divides=node.op_type == "Div")
             return replace(flow, source=self.add(scaled))

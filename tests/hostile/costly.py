@@ -168,7 +168,7 @@ def powers(n: int) -> onnx.ModelProto:
 
 
 def expanded_beside(n: int, op_type: str, side: int) -> onnx.ModelProto:
-    """N convolutions, to each of which one number is added, or with which it is multiplied, at every position."""
+    """N convolutions, to each of which one number is added, or from which it is taken, at every position."""
     nodes = [helper.make_node("Expand", ["one", "size"], ["large"])]
     for i in range(n):
         nodes += [conv("x", f"c{i}"), helper.make_node(op_type, [f"c{i}", "large"], [f"s{i}"])]

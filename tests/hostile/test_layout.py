@@ -167,6 +167,17 @@ def a_channel_concatenated_several_times() -> tuple[Net, str, int]:
 
 
 @hidden
+def all_others_loud_in_a_corner_that_is_cut_off() -> tuple[Net, str, int]:
+    net, x = begun()
+    factors = np.ones((1, C, SIDE, SIDE), np.float32)
+    factors[0, :, 0, 0] = 50
+    factors[0, PLANTED, 0, 0] = 1
+    x = net.op("Mul", x, net.tensor(factors, "factors"), name="mul")
+    bounds = [net.integers(number, name=f"n{number}") for number in (1, SIDE, 2)]
+    return net, normalised(net, net.op("Slice", x, *bounds, name="slice"), np.ones(C, np.float32)), 1
+
+
+@hidden
 def positions_normalised_instead_of_channels() -> tuple[Net, str, int]:
     """A MatMul of three axes has its channels on the last; BatchNormalization takes the second for them."""
     net = Net(opset=18)

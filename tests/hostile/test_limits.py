@@ -207,8 +207,8 @@ def touched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     "made",
-    [*(costly.expanded_beside(10, op_type, 64) for op_type in ("Add", "Mul", "Div")), costly.enlarged(10, 64)],
-    ids=["Add", "Mul", "Div", "ConvTranspose"],
+    [*(costly.expanded_beside(10, op_type, 64) for op_type in ("Add", "Sub")), costly.enlarged(10, 64)],
+    ids=["Add", "Sub", "ConvTranspose"],
 )
 def test_a_number_that_stands_for_many_is_paid_for_wherever_it_is_read(
     made: onnx.ModelProto, tmp_path: Path, touched: list[int]
