@@ -71,7 +71,7 @@ class Known:
         if value in self._vectors:
             return self._vectors[value]
         shape = self.constants.shape(value) if value != MISSING else None
-        if shape is None or math.prod(shape) > AXES_LIMIT:
+        if shape is None or len(shape) > 1 or math.prod(shape) > AXES_LIMIT:
             return None
         array = self.constants.small(value)
         if array is None or array.dtype.kind not in "iu":

@@ -76,8 +76,8 @@ class Constants:
         self._known: dict[int, Constant] = {}
         self._refused: dict[int, PayloadError] = {}
         self._recent: OrderedDict[Derived, Array] = OrderedDict()
-        self._rounded: set[Derived] = set()
-        """What arithmetic in 16 bits has made, and what came of that."""
+        self._rounded: set[int] = set()
+        """By identity, what arithmetic in 16 bits has made, and what came of that: all constants are kept."""
         for value, proto in graph.initializers.items():
             self._store(value, proto)
         for node in graph.nodes:
@@ -192,7 +192,7 @@ class Constants:
     def _compute(self, derived: Derived, operands: list[Array | None]) -> Array:
         op_type = derived.node.op_type
         self.meter.touch(0 if op_type in VIEWS else _dearness(op_type, operands) * derived.size)
-        rounded = any(operand in self._rounded for operand in derived.operands if isinstance(operand, Derived))
+        rounded = not self._rounded.isdisjoint(map(id, derived.operands))
         try:
             if rounded and op_type in ARITHMETIC:
                 raise ValueError("of numbers that were rounded to 16 bits, a step that runtimes leave out")
@@ -201,7 +201,7 @@ class Constants:
             name = self._graph.name_of(derived.node.outputs[0])
             raise PayloadError(f"weight {name!r} cannot be computed: {op_type}: {error}") from error
         if rounded or (op_type in _ROUNDING and is_half(made)):
-            self._rounded.add(derived)
+            self._rounded.add(id(derived))
         return made
 
     def _store(self, value: int, proto: onnx.TensorProto | onnx.SparseTensorProto) -> None:

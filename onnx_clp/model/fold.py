@@ -174,8 +174,10 @@ def _elementwise(operator: Callable[..., Array]) -> Callable[[Node, Operands], A
 
 def is_half(array: Array) -> bool:
     """Whether these are floating-point numbers of 16 bits."""
-    return array.dtype.name in {"float16", "bfloat16"}
+    return array.dtype in _HALF
 
+
+_HALF: Final = frozenset({np.dtype(np.float16), helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)})
 
 _HALF_ROUNDING: Final = 2.0**-8
 """The relative error of a bfloat16 that is not subnormal, twice; a float16 has an eighth of it."""
