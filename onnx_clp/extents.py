@@ -88,9 +88,11 @@ class Known:
 
     def _visit(self, node: Node) -> None:
         try:
+            if node.op_type == "Split" and node.standard:
+                self._split(node)
             found = self._found(node)
             vector = self._vector_found(node)
-        except (*UNFIT, ZeroDivisionError):
+        except (*UNFIT, ZeroDivisionError):  # it does not fit its inputs
             return
         if found is not None and len(found) <= AXES_LIMIT:
             for value in node.outputs[: 1 if node.op_type in _SCALARS_BEHIND else None]:
@@ -101,8 +103,6 @@ class Known:
                     self._extents[value] = ()
         if vector is not None and len(vector) <= AXES_LIMIT:
             self._vectors[node.outputs[0]] = vector
-        if node.op_type == "Split" and node.standard:
-            self._split(node)
 
     def _found(self, node: Node) -> Extents | None:
         if linear(node) is not None and node.op_type not in {"Gemm", "MatMul"}:

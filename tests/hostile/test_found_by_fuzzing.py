@@ -129,3 +129,18 @@ def test_a_constant_without_elements_is_no_factor(op: str, tmp_path: Path) -> No
     x = net.conv(net.feed(1, 3, 8, 8), net.kernel(16, 3, 3, 3), name="conv")
     net.tail(net.op(op, x, net.tensor(np.zeros((0, 16, 1, 1), np.float32), "none"), name="odd"), 16)
     assert [layer.name for layer in scan(saved(net, tmp_path)).layers] == ["conv"]
+
+
+@pytest.mark.parametrize(
+    "op", ["Split", "Concat", "Gather", "Squeeze", "Slice", "Transpose", "Reshape", "Flatten", "Resize"]
+)
+def test_operators_on_a_scalar_have_no_axes(op: str, tmp_path: Path) -> None:
+    """Such a node runs nowhere; what becomes of its shape is not known."""
+    net = Net(opset=18)
+    x = net.conv(net.feed(1, 3, 8, 8), net.kernel(16, 3, 3, 3), name="conv")
+    axes = net.integers(0, name="axes")
+    total = net.op("ReduceSum", x, name="total", keepdims=0)
+    for made in net.ops(op, total, axes, axes, axes, name="odd", outputs=2):
+        net.give(net.op("Add", x, made, name=f"add_{made}"))
+    net.tail(x, 16)
+    assert [layer.name for layer in scan(saved(net, tmp_path)).layers] == ["conv"]
