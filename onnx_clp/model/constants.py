@@ -17,7 +17,17 @@ import onnx
 
 from onnx_clp.errors import PayloadError, kept
 from onnx_clp.model.file import ModelFile
-from onnx_clp.model.fold import ARITHMETIC, OPERATORS, VIEWS, compute, compute_shape, is_half
+from onnx_clp.model.fold import (
+    ARITHMETIC,
+    JUMPING,
+    OPERATORS,
+    VIEWS,
+    compute,
+    compute_shape,
+    is_exact_power,
+    is_half,
+    is_real,
+)
 from onnx_clp.model.graph import MISSING, Graph, Node
 from onnx_clp.model.tensors import Array, Place, Stored, place, read, stored
 
@@ -58,6 +68,7 @@ RECENT_LIMIT: Final = 1024
 """Small results that are kept, so that a chain of constants is not computed anew for each of its links."""
 
 _ROUNDING: Final = ARITHMETIC - {"Abs", "Neg"}
+"""Operators whose result onnxruntime may leave in float32, where it is one of 16 bits."""
 
 Constant = Stored | Derived | Array
 
@@ -77,7 +88,9 @@ class Constants:
         self._refused: dict[int, PayloadError] = {}
         self._recent: OrderedDict[Derived, Array] = OrderedDict()
         self._rounded: set[int] = set()
-        """By identity, what arithmetic in 16 bits has made, and what came of that: all constants are kept."""
+        """By identity, what was rounded to 16 bits, and what came of that: all constants are kept."""
+        self._close: set[int] = set()
+        """Likewise of powers, of which libraries make different last digits."""
         for value, proto in graph.initializers.items():
             self._store(value, proto)
         for node in graph.nodes:
@@ -192,16 +205,21 @@ class Constants:
     def _compute(self, derived: Derived, operands: list[Array | None]) -> Array:
         op_type = derived.node.op_type
         self.meter.touch(0 if op_type in VIEWS else _dearness(op_type, operands) * derived.size)
-        rounded = not self._rounded.isdisjoint(map(id, derived.operands))
+        made_of = [id(operand) for operand in derived.operands if op_type != "Shape"]
+        rounded, close = not self._rounded.isdisjoint(made_of), not self._close.isdisjoint(made_of)
         try:
             if rounded and op_type in ARITHMETIC:
                 raise ValueError("of numbers that were rounded to 16 bits, a step that runtimes leave out")
             made = compute(derived.node, operands)
+            if (rounded or close) and op_type in JUMPING and not (op_type == "Cast" and is_real(made)):
+                raise ValueError("of numbers whose last digits differ between runtimes, and decide here")
         except UNFIT as error:
             name = self._graph.name_of(derived.node.outputs[0])
             raise PayloadError(f"weight {name!r} cannot be computed: {op_type}: {error}") from error
-        if rounded or (op_type in _ROUNDING and is_half(made)):
+        if rounded or _rounds(op_type, operands, made):
             self._rounded.add(id(derived))
+        if close or (op_type == "Pow" and not is_exact_power(*operands)):
+            self._close.add(id(derived))
         return made
 
     def _store(self, value: int, proto: onnx.TensorProto | onnx.SparseTensorProto) -> None:
@@ -264,6 +282,12 @@ class Constants:
                 self._known[output] = np.array(attribute.f if name == "value_float" else attribute.floats, np.float32)
             elif name in {"value_int", "value_ints"}:
                 self._known[output] = np.array(attribute.i if name == "value_int" else attribute.ints, np.int64)
+
+
+def _rounds(op_type: str, operands: Sequence[Array | None], made: Array) -> bool:
+    """Whether ``made`` is of 16 bits by a rounding that onnxruntime may leave out."""
+    wider = op_type == "Cast" and operands[0] is not None and operands[0].dtype in {np.float32, np.float64}
+    return is_half(made) and (op_type in _ROUNDING or wider)
 
 
 def _dearness(op_type: str, operands: Sequence[Array | None]) -> int:

@@ -96,6 +96,8 @@ def _cast(node: Node, operands: Operands) -> Array:
         raise PayloadError(f"is cast from {data.dtype} to {dtype}, of which runtimes make different numbers")
     if dtype.kind in "cO":
         raise PayloadError(f"is cast to {dtype}, which no weight has")
+    if data.dtype == np.float64 and dtype in _HALF:
+        data = data.astype(np.float32)  # as onnxruntime does: what lies beside a tie is rounded twice
     return data.astype(dtype)
 
 
@@ -172,6 +174,11 @@ def _elementwise(operator: Callable[..., Array]) -> Callable[[Node, Operands], A
     return compute
 
 
+def is_real(array: Array) -> bool:
+    """Whether these are floating-point numbers that arithmetic is done in."""
+    return array.dtype.kind == "f" or is_half(array)
+
+
 def is_half(array: Array) -> bool:
     """Whether these are floating-point numbers of 16 bits."""
     return array.dtype in _HALF
@@ -201,6 +208,13 @@ def _power(base: Array, exponent: Array) -> Array:
     if base.dtype != exponent.dtype or base.dtype.kind in "iub":
         raise ValueError(f"of {base.dtype} and {exponent.dtype}, which is not followed here")
     return np.asarray(np.power(base, exponent))
+
+
+def is_exact_power(base: Array | None, exponent: Array | None) -> bool:
+    """Whether every library makes the same of it: squares, and powers of two."""
+    if base is None or exponent is None or is_half(base):
+        return False
+    return bool(np.all(exponent == 2)) or bool(np.all(np.frexp(base)[0] == 0.5) and np.all(exponent % 1 == 0))
 
 
 def _shape(node: Node, operands: Operands) -> Array:
@@ -321,6 +335,9 @@ OPERATORS: Final[Mapping[str, Callable[[Node, Operands], Array]]] = MappingProxy
 
 VIEWS: Final = frozenset({"ConstantOfShape", "Expand", "Identity", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators whose result is the operand's memory, seen in another way."""
+
+JUMPING: Final = frozenset({"Add", "Cast", "Pow", "QuantizeLinear", "Sub"})
+"""Operators of which a last digit can decide the result: by cancellation, by a level more or less."""
 
 ARITHMETIC: Final = frozenset({"Abs", "Add", "Div", "Mul", "Neg", "Pow", "Reciprocal", "Sqrt", "Sub"})
 """Operators that round."""

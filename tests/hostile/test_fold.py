@@ -256,12 +256,52 @@ def out_of_a_difference(net: Net) -> str:
     )
 
 
+def out_of_a_level(net: Net) -> str:
+    """A product that is a tie in float16 and lies beyond it in float32: a level more, where the zero point is."""
+    factors = np.full((2, 16, 1, 1, 1), 1, np.float16)
+    factors[0] = 3
+    factors[:, PLANTED, 0, 0, 0] = 1.0009765625, 2.498046875
+    x = net.op("Mul", net.tensor(factors[0], "x"), net.tensor(factors[1], "y"), name="mul")
+    x = net.op("Cast", x, name="widen", to=TensorProto.FLOAT)
+    x = net.op("QuantizeLinear", x, net.tensor(np.float32(1), "one"), net.tensor(np.int8(0), "none"), name="quantise")
+    scale = np.ones(16, np.float32)
+    scale[PLANTED] = 50
+    zeros = net.tensor(np.full(16, 2, np.int8), "zeros")
+    return net.op("DequantizeLinear", x, net.tensor(scale, "scale"), zeros, name="dequantise", axis=0)
+
+
+def out_of_two_libraries(net: Net) -> str:
+    """Powers less what NumPy takes them to be: the last digits of another library are what is left."""
+    base = np.random.default_rng(0).uniform(1, 2, (16, 1, 1, 1)).astype(np.float32)
+    cubes = np.power(base, np.float32(3))
+    x = net.op("Pow", net.tensor(base, "x"), net.tensor(np.float32(3), "three"), name="pow")
+    x = net.op("Sub", x, net.tensor(cubes, "cubes"), name="sub")
+    x = net.op("Mul", x, net.tensor(np.float32(1e8), "large"), name="mul")
+    return net.op("Add", x, net.tensor(np.float32(1), "one"), name="add")
+
+
+def out_of_two_roundings(net: Net) -> str:
+    """A float64 beside a tie of float16 that it is in float32."""
+    start = np.ones((16, 1, 1, 1))
+    start[PLANTED] = 1 + 1.5 * 2**-10 - 2**-40
+    less, large = start.astype(np.float16).astype(np.float32), np.zeros((16, 1, 1, 1), np.float32)
+    large[PLANTED] = 50 * 1024
+    x = net.op("Cast", net.tensor(start, "x"), name="narrow", to=TensorProto.FLOAT16)
+    x = net.op("Cast", x, name="widen", to=TensorProto.FLOAT)
+    less[PLANTED] = 1 + 2**-10
+    x = net.op("Sub", x, net.tensor(less, "less"), name="sub")
+    x = net.op("Mul", x, net.tensor(large, "large"), name="mul")
+    return net.op("Add", x, net.tensor(np.float32(1), "one"), name="add")
+
+
 HIDDEN: Final[tuple[Callable[[Net], str], ...]] = (
     out_of_nothing,
     out_of_rounding,
     out_of_division,
     out_of_no_number,
     out_of_a_difference,
+    out_of_two_libraries,
+    out_of_two_roundings,
 )
 
 
@@ -276,3 +316,26 @@ def test_an_outlier_that_is_computed_is_seen_or_said_to_be_unknown(build: Callab
     report = scan(path)
     assert [part.index for layer in report.layers for part in layer.flagged] == [PLANTED] or report.skipped
     assert not report.complete or report.flagged_channels
+
+
+def test_a_level_more_is_not_computed(tmp_path: Path) -> None:
+    """Of the kernel itself, with no arithmetic behind the levels."""
+    net = Net(opset=21, ir=10)
+    kernel = net.op("Expand", out_of_a_level(net), net.integers(16, 3, 3, 3, name="sizes"), name="expand")
+    net.tail(net.conv(net.feed(1, 3, 8, 8), kernel, name="conv", kernel_shape=[3, 3], pads=[1] * 4), 16)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(net.case("model").model.SerializeToString())
+    assert [part.name for part in scan(path).skipped] == ["conv"]
+
+
+@pytest.mark.parametrize("exponent", [2, 3])
+def test_squares_are_computed_with_whatever_follows(exponent: int, tmp_path: Path) -> None:
+    """Every library makes the same of them; of a cube, multiplied, the last digits do not matter."""
+    net = Net(opset=21, ir=10)
+    kernel = net.tensor(net.kernel(16, 3, 3, 3), "kernel")
+    powers = net.op("Pow", kernel, net.tensor(np.float32(exponent), "exponent"), name="pow")
+    made = net.op("Mul" if exponent == 3 else "Sub", powers, net.tensor(np.float32(2), "two"), name="weight")
+    net.tail(net.conv(net.feed(1, 3, 8, 8), made, name="conv", kernel_shape=[3, 3], pads=[1] * 4), 16)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(net.case("model").model.SerializeToString())
+    assert [layer.name for layer in scan(path).layers] == ["conv"]
