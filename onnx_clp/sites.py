@@ -137,6 +137,7 @@ class _Surveyor:
         """Found when it is first asked for: the normalisations that are judged are known by then."""
         self.defaults = _defaults(graph, constants)
         self.junction = _junctions(trace)
+        self.fixed = _fixed(graph, constants)
         self.produced = {part.node.index: i for i, part in enumerate(trace.sources) if isinstance(part, Produced)}
 
     def run(self) -> Survey:
@@ -154,6 +155,9 @@ class _Surveyor:
                 found[node.index] = _skip(
                     node, Reason.CUSTOM_OPERATOR, f"operator {node.full_op_type} is not known here"
                 )
+            elif self.loses_factor(node):
+                detail = "its channels are multiplied by what constants make in a way that is not followed"
+                found[node.index] = _skip(node, Reason.UNTRACED, detail)
             elif self.loses_scale(node):
                 detail = "it has not one known scale for all channels: what gain it brings is not judged"
                 found[node.index] = _skip(node, Reason.UNTRACED, detail)
@@ -175,6 +179,13 @@ class _Surveyor:
             and isinstance(self.trace.flows.get(node.input(0)), Flow)
             and isinstance(self.trace.flows.get(next(iter(node.outputs), MISSING)), Lost)
         )
+
+    def loses_factor(self, node: Node) -> bool:
+        """Whether ``node`` multiplies channels by what is fixed and not known: no site is left to show that gain."""
+        if node.op_type not in {"Mul", "Div"} or not node.standard or node.index not in self.graph.live:
+            return False
+        flows = any(isinstance(self.trace.flows.get(value), Flow) for value in node.inputs)
+        return flows and any(value in self.fixed for value in node.inputs)
 
     def normalised_at(self, node: Node) -> Site | Skipped | None:
         """What ``node`` is as a normalisation; None where it is none, or where its channels are judged further on."""
@@ -482,6 +493,16 @@ def _defaults(graph: Graph, constants: Constants) -> dict[int, tuple[int, ...]]:
             for value in made:
                 found[value] = (*found.get(value, ()), *given)[:NAMED_OPERATORS]
     return found
+
+
+def _fixed(graph: Graph, constants: Constants) -> frozenset[int]:
+    """The values that are made of constants alone and are none here, since what makes them is not followed."""
+    found: set[int] = set()
+    for node in graph.nodes:
+        given = [value for value in node.inputs if value != MISSING]
+        if given and not node.carried and all(constants.get(value) is not None or value in found for value in given):
+            found.update(value for value in node.outputs if value != MISSING and constants.get(value) is None)
+    return frozenset(found)
 
 
 def _parts(part: Source) -> tuple[int, ...]:

@@ -227,3 +227,21 @@ def test_the_control_is_flagged_where_it_is_normalised(tmp_path: Path) -> None:
     path.write_bytes(net.case("model").model.SerializeToString())
     (layer,) = scan(path).layers
     assert (layer.name, [part.index for part in layer.flagged]) == ("bn", [PLANTED])
+
+
+@pytest.mark.parametrize("op", ["Mul", "Div"])
+def test_a_factor_that_constants_make_in_a_way_that_is_not_followed_is_said_to_be(op: str, tmp_path: Path) -> None:
+    net = Net(opset=18)
+    x = net.conv(net.feed(1, 3, SIDE, SIDE), net.kernel(C, 3, 3, 3, outlier=None), name="conv")
+    powers = np.zeros((C, 1, 1), np.float32)
+    powers[PLANTED] = 4 if op == "Mul" else -4
+    x = net.op(op, x, net.op("Exp", net.tensor(powers, "powers"), name="exp"), name="gain")
+    net.tail(x, C)
+    model = net.case("model").model
+    loud = levels(model, x, 1)
+    assert loud.max() > 5 * np.median(loud)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    report = scan(path)
+    assert [(part.name, part.reason) for part in report.skipped] == [("gain", "untraced")]
+    assert not report.complete
