@@ -220,6 +220,8 @@ class Known:
         if given is None or axes is None or len(given) + len(axes) > AXES_LIMIT:
             return None
         added = {axis % (len(given) + len(axes)) for axis in axes}
+        if len(added) < len(axes):
+            return None  # onnxruntime takes no axis twice
         rest = iter(given)
         return tuple(1 if axis in added else next(rest) for axis in range(len(given) + len(axes)))
 

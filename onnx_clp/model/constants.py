@@ -101,6 +101,13 @@ class Constants:
         """The constant that ``value`` is; None where it is computed at run time."""
         return self._known.get(value)
 
+    def makes(self, node: Node, value: int) -> bool:
+        """Whether the constant that ``value`` is comes from ``node``, and not from another that gives it that name."""
+        constant = self._known.get(value)
+        if node.op_type == "Identity" and node.inputs:
+            return constant is not None and constant is self._known.get(node.inputs[0])
+        return isinstance(constant, Derived) and constant.node is node
+
     def shape(self, value: int) -> tuple[int, ...] | None:
         """The shape of a constant; None where ``value`` is none."""
         constant = self._known.get(value)

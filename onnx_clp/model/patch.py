@@ -235,7 +235,7 @@ class _Planner:
         edges = [
             ((node.index, position), value)
             for node in self.graph.nodes
-            if not all(made == MISSING or self.constants.get(made) is not None for made in node.outputs)
+            if not all(made == MISSING or self.constants.makes(node, made) for made in node.outputs)
             for position, value in enumerate(node.inputs)
         ]
         edges += [((MISSING, value), value) for value in self.graph.outputs]

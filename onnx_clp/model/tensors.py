@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -92,14 +93,20 @@ def stored(proto: onnx.TensorProto | onnx.SparseTensorProto) -> Stored:
 
 
 _KNOWN_TYPES: Final = frozenset(TensorProto.DataType.values()) - {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
-_PACKED: Final = frozenset(
-    code for name, code in TensorProto.DataType.items() if name in {"INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"}
+_BITS: Final = MappingProxyType(
+    {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 )
-"""Types that hold several elements in a byte."""
+_PACKED: Final = MappingProxyType(
+    {code: _BITS[name] for name, code in TensorProto.DataType.items() if name in _BITS}  # no onnx knows all of them
+)
+"""Types whose elements share bytes, and the bits that one takes."""
+
+_BYTE: Final = 8
+"""Bits of a byte."""
 
 
 def place(file: ModelFile, tensor: Stored) -> Place | None:
-    """Where the elements of ``tensor`` lie in order, one itemsize each; None for varints, sparse and 4-bit ones."""
+    """Where the elements of ``tensor`` lie in order, one itemsize each; None for varints, sparse and packed ones."""
     proto = tensor.proto
     if isinstance(proto, onnx.SparseTensorProto) or tensor.data_type in _PACKED:
         return None
@@ -220,11 +227,27 @@ def _read_typed(file: ModelFile, tensor: Stored, proto: onnx.TensorProto) -> Arr
     payload = file.payload(proto)
     file.meter.touch(0 if payload is None else sum(map(len, payload.packed)))
     try:
-        return numpy_helper.to_array(complete(file, proto))
+        whole = complete(file, proto)
+        array = numpy_helper.to_array(whole)
     except OnnxClpError:
         raise
     except Exception as error:
         raise PayloadError(f"tensor {tensor.name!r} cannot be read: {type(error).__name__}") from error
+    if tensor.data_type in _PACKED:
+        _check_packed(tensor, whole)
+    return array
+
+
+def _check_packed(tensor: Stored, whole: onnx.TensorProto) -> None:
+    """Raise PayloadError where ``whole`` holds more than ``tensor``: onnx drops that, onnxruntime refuses it."""
+    bits = _PACKED[tensor.data_type]
+    needed = -(-tensor.size * bits // _BYTE)
+    held = len(whole.raw_data)
+    if not whole.HasField("raw_data"):
+        held = len(whole.int32_data)
+        needed = tensor.size if _BYTE % bits else needed  # what fills no byte has a number each
+    if held != needed:
+        raise PayloadError(f"tensor {tensor.name!r} needs {needed} bytes and holds {held}")
 
 
 def _read_sparse(file: ModelFile, tensor: Stored, proto: onnx.SparseTensorProto) -> Array:

@@ -144,3 +144,60 @@ def test_operators_on_a_scalar_have_no_axes(op: str, tmp_path: Path) -> None:
         net.give(net.op("Add", x, made, name=f"add_{made}"))
     net.tail(x, 16)
     assert [layer.name for layer in scan(saved(net, tmp_path)).layers] == ["conv"]
+
+
+def four_bits(count: int, *, typed: bool) -> TensorProto:
+    """A kernel of 16 × 3 elements of four bits, of which the file holds ``count`` bytes."""
+    held = [0x21] * count
+    made = TensorProto(name="weight", dims=[16, 3, 1, 1], data_type=TensorProto.INT4)
+    if typed:
+        made.int32_data.extend(held)
+    else:
+        made.raw_data = bytes(held)
+    return made
+
+
+@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize("count", [0, 23, 24, 25, 48])
+def test_elements_of_four_bits_are_read_where_there_are_exactly_as_many(
+    count: int, tmp_path: Path, *, typed: bool
+) -> None:
+    """The onnx package drops what is too much, and onnxruntime refuses it."""
+    net = Net(opset=21, ir=10)
+    weight = net.tensor(four_bits(count, typed=typed), "weight")
+    cast = net.op("Cast", weight, name="cast", to=TensorProto.FLOAT)
+    net.tail(net.conv(net.feed(1, 3, 8, 8), cast, name="conv", kernel_shape=[1, 1]), 16)
+    report = scan(saved(net, tmp_path))
+    read = [layer.name for layer in report.layers] == ["conv"]
+    assert read == (count == 24)
+    assert read or [(part.name, part.reason) for part in report.skipped if part.name == "conv"] in (
+        [("conv", "unreadable")],
+        [("conv", "no-data")],
+    )
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (5, -1), (1, 1, 1)])
+def test_an_axis_that_is_added_twice(axes: tuple[int, ...], tmp_path: Path) -> None:
+    net = Net()
+    x = net.conv(net.feed(1, 3, 8, 8), net.kernel(16, 3, 3, 3), name="conv")
+    made = net.op("Unsqueeze", x, net.integers(*axes, name="axes"), name="odd")
+    net.give(net.op("Relu", made, name="relu"), rank=5)
+    net.tail(x, 16)
+    assert [layer.name for layer in scan(saved(net, tmp_path)).layers] == ["conv"]
+
+
+@pytest.mark.usefixtures("without_onnxruntime")
+def test_what_makes_a_value_of_the_name_of_a_constant_reads_its_weight_all_the_same(tmp_path: Path) -> None:
+    """Two convolutions read one kernel, and the output of the second has the name of an initializer."""
+    net = Net()
+    x = net.feed("N", 16, 8, 8)
+    kernel = net.tensor(net.kernel(16, 16, 1, 1), "kernel")
+    net.tensor(np.ones(3, np.float32), "twin.out")
+    net.give(net.op("Relu", net.conv(x, kernel, name="conv", kernel_shape=[1, 1]), name="relu"))
+    net.nodes.append(helper.make_node("ConvTranspose", [x, kernel], ["twin.out"], name="twin"))
+    net.give(net.op("Relu", "twin.out", name="other"))
+    path = saved(net, tmp_path)
+    assert [[channel.index for channel in layer.flagged] for layer in scan(path).layers] == [[PLANTED], []]
+    report = sanitize(path, tmp_path / "out.onnx")
+    assert [part.layer for part in report.silenced] == ["conv"]
+    assert report.unshared == ("kernel",)

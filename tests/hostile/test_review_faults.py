@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_clp import sanitize, scan
+from onnx_clp.report.text import render_sanitize
 from tests.cases.net import PLANTED, Net
 
 
@@ -77,6 +79,39 @@ def test_a_zero_point_that_is_not_known_is_not_looked_for(name: str, tmp_path: P
     assert checks["scan"].passed
     if "onnxruntime-run" in checks:
         assert checks["onnxruntime-run"].passed is (True if name == "known" else None)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_channels_that_cannot_be_observed_are_said_to_be_found_silent_by_the_scan_alone(
+    tmp_path: Path, *, beside: bool
+) -> None:
+    """Within a subgraph onnxruntime shows nothing: one more channel that is silent there does not tell of these."""
+    net = Net()
+    x, condition = net.feed(1, 3, 8, 8), net.feed(name="condition", dtype=np.bool_)
+    if beside:
+        x = net.op("Relu", net.conv(x, net.kernel(16, 3, 3, 3), name="beside"), name="beside_relu")
+    weight = net.tensor(net.kernel(16, 16 if beside else 3, 3, 3), "weight")
+    branches: dict[str, Any] = {}
+    for side in ("then", "else"):
+        inner = net.inner(f"{side}_")
+        inner.give(inner.op("Relu", inner.conv(x, weight, name="conv"), name="relu"))
+        branches[f"{side}_branch"] = inner.graph()
+    net.tail(net.op("If", condition, name="if", **branches), 16)
+    report = sanitize(saved(net, tmp_path), tmp_path / "out.onnx")
+    assert report.silenced_channels == 2 + beside
+    checks = {check.name: check for check in report.checks}
+    if "onnxruntime-run" in checks:
+        assert checks["onnxruntime-run"].passed is (True if beside else None)
+        assert "found by the scan alone" in checks["onnxruntime-run"].detail
+        assert "found by the scan alone" in render_sanitize(report)
+
+
+def test_where_nothing_was_silenced_there_is_nothing_to_observe(tmp_path: Path) -> None:
+    net = Net()
+    net.tail(net.conv(net.feed(1, 3, 8, 8), net.kernel(16, 3, 3, 3, outlier=None), name="conv"), 16)
+    report = sanitize(saved(net, tmp_path), tmp_path / "out.onnx")
+    details = {check.name: check.detail for check in report.checks}
+    assert details.get("onnxruntime-run", "nothing was silenced") == "nothing was silenced"
 
 
 def test_a_constant_of_its_own_takes_no_name_that_a_function_has_for_its_inputs(tmp_path: Path) -> None:
