@@ -34,12 +34,12 @@ Extents = tuple[Extent, ...]
 
 _LIKE_FIRST: Final = frozenset(
     """Identity Cast Dropout Relu Clip Sigmoid Tanh Softplus Softsign Abs Neg Exp Log Sqrt Reciprocal Erf Floor Ceil Not
-    Softmax LogSoftmax Hardmax LeakyRelu Elu Celu HardSigmoid Selu HardSwish Gelu Mish Swish ThresholdedRelu PRelu
+    Softmax LogSoftmax Hardmax LeakyRelu Elu Celu HardSigmoid Selu HardSwish Gelu Mish Swish ThresholdedRelu
     QuantizeLinear DequantizeLinear DynamicQuantizeLinear BatchNormalization InstanceNormalization LayerNormalization
     GroupNormalization LpNormalization LRN Sin Cos Round Sign CumSum Trilu""".split()  # noqa: SIM905  # read as a list
 )
 _ELEMENTWISE: Final = frozenset(
-    "Add Sub Mul Div Sum Pow Min Max Mean Where Equal Greater Less And Or Mod".split()  # noqa: SIM905  # likewise
+    "Add Sub Mul Div Sum Pow PRelu Min Max Mean Where Equal Greater Less And Or Mod".split()  # noqa: SIM905  # likewise
 )
 _REDUCTIONS: Final = frozenset({"ReduceMean", "ReduceMax", "ReduceSum", "ReduceMin", "ReduceL2", "ReduceProd"})
 BROADCAST_VERSION: Final = 7
@@ -55,7 +55,7 @@ class Known:
         self._vectors: dict[int, Extents] = {}
         for value in graph.inputs:
             shape = graph.shapes.get(value)
-            if shape is not None and len(shape) <= AXES_LIMIT:
+            if shape and len(shape) <= AXES_LIMIT:  # onnxruntime takes any shape for a declared scalar
                 self._extents[value] = tuple(size if size is not None and size > 0 else Symbol() for size in shape)
         for node in graph.nodes:
             if node.outputs and node.outputs[0] != MISSING and constants.get(node.outputs[0]) is None:

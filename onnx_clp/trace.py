@@ -66,7 +66,8 @@ def channel_axis(node: Node, flow: Flow, rank: int | None, shape: tuple[int, ...
     broadcasts in another way.
     """
     if math.prod(shape) == 1:
-        return 0
+        # One number of more axes than the data makes axes of its own, in front of the batch.
+        return 0 if len(shape) <= 1 or (rank is not None and len(shape) <= rank) else None
     if 0 in shape or flow.axis is None or (rank is None and flow.axis != -1):
         return None
     if "axis" in node.attributes and flow.axis >= 0:  # up to opset 6 a constant says where it is laid against the data
@@ -132,7 +133,9 @@ class _Tracer:
         if isinstance(flow, Lost):
             return flow
         if node.op_type in _SLOPES:
-            return flow if abs(node.number("alpha", _SLOPES[node.op_type])) <= 1 else None
+            alpha = node.number("alpha", _SLOPES[node.op_type])
+            # A Celu of negative alpha grows without end.
+            return flow if abs(alpha) <= 1 and (alpha > 0 or node.op_type != "Celu") else None
         handler = _OF_ONE.get(node.op_type)
         return handler(self, node, flow) if handler is not None else None
 
@@ -181,6 +184,9 @@ class _Tracer:
         except PayloadError as error:
             self.refused[node.index] = kept(error)
             return Lost(node.full_op_type[:OPERATOR_LIMIT], error)
+        bias = node.input(description.bias) if description.bias != MISSING else MISSING
+        if bias != MISSING and self.constants.get(bias) is None:
+            return None  # what is added at run time may be other channels
         rank = self.shapes.rank(node.inputs[0])
         axis = 1 if description.convolves or node.op_type == "Gemm" else -1 if rank is None else rank - 1
         flow = Flow(self.begin(Produced(node), channels), (channels,), (axis,))
@@ -309,8 +315,10 @@ class _Tracer:
         return flow if training is not None and not training.any() else None
 
     def prelu(self, node: Node, flow: Flow) -> Result:
-        slope = self.constants.small(node.input(1))
-        return flow if slope is not None and bool(np.all(np.abs(slope) <= 1)) else None
+        slope, rank = self.constants.small(node.input(1)), self.shapes.rank(node.inputs[0])
+        if slope is None or (slope.ndim > 1 and (rank is None or slope.ndim > rank)):
+            return None  # it broadcasts both ways
+        return flow if bool(np.all(np.abs(slope) <= 1)) else None
 
     def squeeze(self, node: Node, flow: Flow) -> Result:
         axes, rank = self.shapes.axes(node), self.shapes.rank(node.inputs[0])

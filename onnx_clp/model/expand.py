@@ -117,7 +117,8 @@ class _Builder:
             given.add(value)
         self.defined |= given
         self.body(proto.node, scope)
-        for info in (*proto.value_info, *proto.input, *proto.output):
+        # onnxruntime enforces the shapes of inputs, and computes all others.
+        for info in reversed(proto.input):
             shape = _shape(info)
             if shape is not None and info.name in scope.values:
                 self.shapes[scope.values[info.name]] = shape

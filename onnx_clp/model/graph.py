@@ -97,7 +97,7 @@ class Graph:
         overridable: Values with an initializer that is a graph input too: a caller can override it.
         inputs: The main graph's inputs that have no initializer.
         outputs: The main graph's outputs.
-        shapes: Declared shapes (value_info, inputs, outputs).
+        shapes: Declared shapes of inputs.
         live: Indexes of the nodes that some graph output depends on.
         cyclic: Names of nodes that depend on their own output; they are not in ``nodes``.
         ambiguous: What two runtimes may read differently; some of it where it is much.
