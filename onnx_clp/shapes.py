@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from onnx_clp.extents import Extent, Extents, Known
+from onnx_clp.extents import Extents, Known
 from onnx_clp.model.constants import Constants
 from onnx_clp.model.graph import MISSING, Graph, Node
 
@@ -57,11 +57,6 @@ class Shapes:
         if array is None or array.dtype.kind not in "iu":
             return None
         return tuple(int(number) for number in array.ravel())
-
-    def batch(self, value: int) -> Extent | None:
-        """The first extent of ``value``."""
-        extents = self.known.extents(value)
-        return extents[0] if extents else None
 
 
 def shapes(graph: Graph, constants: Constants) -> Shapes:

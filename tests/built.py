@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from tests import naive
 from tests.cases import convolution, degenerate, normalisation, quantised, structure, weights
 from tests.cases.net import BUILDERS, Case
 
-__all__ = ["NAMES", "Case", "build", "cases", "save"]
+__all__ = ["NAMES", "Case", "build", "cases", "save", "session"]
 
 _registering = (convolution, normalisation, quantised, weights, structure, degenerate)
 
@@ -61,15 +62,25 @@ def random_inputs(model: onnx.ModelProto, seed: int = 0) -> dict[str, NDArray[np
     return values
 
 
-def run(path: Path, model: onnx.ModelProto) -> list[NDArray[np.generic]]:
-    """What onnxruntime computes on a random input."""
+def session(source: Path | bytes, level: str = "ORT_ENABLE_ALL", folder: Path | None = None) -> Any:  # noqa: ANN401
+    """A session of onnxruntime, which has no types: on one thread, and silent.
+
+    ``level`` is its graph optimisation; ``folder`` is where external data lies, for a model in memory.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    outputs: list[NDArray[np.generic]] = session.run(None, random_inputs(model))
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, model: onnx.ModelProto) -> list[NDArray[np.generic]]:
+    """What onnxruntime computes on a random input."""
+    outputs: list[NDArray[np.generic]] = session(path).run(None, random_inputs(model))
     return outputs
 
 

@@ -20,7 +20,7 @@ from onnx_clp.model.constants import Constants
 from onnx_clp.model.expand import build_graph
 from onnx_clp.model.file import open_model
 from onnx_clp.model.graph import MISSING
-from tests.built import NAMES, build, random_inputs, save
+from tests.built import NAMES, build, random_inputs, save, session
 from tests.test_onnx_backend import CHUNKS, as_array, cases, frozen
 
 
@@ -41,19 +41,13 @@ def found(path: Path) -> dict[str, tuple[Extents | None, Extents | None]]:
 
 def computed(path: Path, model: onnx.ModelProto, given: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Every value of ``names`` that onnxruntime gives; none where it does not run the model."""
-    import onnxruntime
-
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     del shown.graph.output[:]
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return dict(zip(names, session.run(names, given), strict=True))
+        made = session(shown.SerializeToString(), folder=path.parent)
+        return dict(zip(names, made.run(names, given), strict=True))
     except Exception:  # noqa: BLE001  # onnxruntime raises kinds of its own; how many models it runs is counted below
         return {}
 

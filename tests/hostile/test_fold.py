@@ -21,6 +21,7 @@ from onnx_clp.errors import PayloadError
 from onnx_clp.model.constants import UNFIT
 from onnx_clp.model.fold import compute
 from onnx_clp.model.graph import Node
+from tests.built import session
 from tests.cases.net import PLANTED, Net
 
 Array = NDArray[Any]
@@ -67,8 +68,6 @@ def ours(proto: NodeProto, operands: Sequence[Array]) -> Array | None:
 
 def theirs(proto: NodeProto, operands: Sequence[Array]) -> Iterator[Array]:
     """What onnxruntime makes, as float64, with its optimisations and without; nothing where it refuses."""
-    import onnxruntime
-
     node = NodeProto()
     node.CopyFrom(proto)
     del node.input[:], node.output[:]
@@ -80,14 +79,8 @@ def theirs(proto: NodeProto, operands: Sequence[Array]) -> Iterator[Array]:
     graph = helper.make_graph([node, shown], "graph", [], [output], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         try:
-            content = model.SerializeToString()
-            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-            yield np.asarray(session.run(None, {})[0])
+            yield np.asarray(session(model.SerializeToString(), level).run(None, {})[0])
         except Exception:  # noqa: BLE001  # onnxruntime raises kinds of its own; what it refuses cannot be compared
             return
 

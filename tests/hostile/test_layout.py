@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from onnx_clp import scan
-from tests.built import random_inputs
+from tests.built import random_inputs, session
 from tests.cases.net import PLANTED, Net, Norm
 
 C: Final = 16
@@ -234,18 +234,13 @@ def an_input_whose_shape_is_told_elsewhere() -> tuple[Net, str, int]:
 
 def levels(model: onnx.ModelProto, value: str, axis: int) -> NDArray[np.float64]:
     """How loud each channel of ``value`` is in onnxruntime, as its standard deviation."""
-    import onnxruntime
-
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     shown.graph.output.append(onnx.ValueInfoProto(name=value))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
     fed = random_inputs(model)
     if not fed["x"].shape:  # an input without a shape
         fed["x"] = np.random.default_rng(0).standard_normal((1, 3, SIDE, SIDE)).astype(np.float32)
-    found = np.asarray(session.run([value], fed)[0], np.float64)
+    found = np.asarray(session(shown.SerializeToString()).run([value], fed)[0], np.float64)
     return np.asarray(np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1).std(axis=1))
 
 

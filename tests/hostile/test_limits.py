@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import onnx
@@ -28,6 +27,7 @@ from onnx_clp.errors import PayloadError
 from onnx_clp.limits import MEMORY_PER_BYTE, WORK_PER_BYTE, Meter
 from onnx_clp.model.edits import length_delimited
 from tests.hostile import costly
+from tests.hostile.counting import calls
 
 MEMORY = 512 << 20
 """Bytes that a scan of any of these files may take beside what Python takes with its modules."""
@@ -192,20 +192,6 @@ def test_powers_cost_more_than_sums(tmp_path: Path) -> None:
     assert [layer.name for layer in scan(written(made, tmp_path), limits=few).layers] == ["powered"]
 
 
-@pytest.fixture
-def touched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many numbers each step was paid for."""
-    steps: list[int] = []
-    touch = Meter.touch
-
-    def counted(meter: Meter, elements: int) -> None:
-        steps.append(elements)
-        touch(meter, elements)
-
-    monkeypatch.setattr(Meter, "touch", counted)
-    return steps
-
-
 @pytest.mark.parametrize(
     "made",
     [*(costly.expanded_beside(10, op_type, 64) for op_type in ("Add", "Sub")), costly.enlarged(10, 64)],
@@ -219,6 +205,8 @@ def test_a_number_that_stands_for_many_is_paid_for_wherever_it_is_read(
 
 
 def test_dear_arithmetic_is_paid_for(tmp_path: Path, touched: list[int]) -> None:
+    """What else a scan of it touches, the same for each, is why the ratios are below 16 and 256."""
+
     def cost(op_type: str, dtype: DTypeLike) -> int:
         made = costly.powers(1)
         made.graph.node[0].op_type = op_type
@@ -301,22 +289,6 @@ def test_a_rewrite_that_would_hold_too_much_leaves_the_layer(tmp_path: Path) -> 
 
 
 # ---- long and deep graphs
-
-
-def calls(work: Callable[[], object]) -> int:
-    """How many functions are called while ``work`` is done, those of C among them."""
-    count = 0
-
-    def note(_: FrameType, event: str, __: object) -> None:
-        nonlocal count
-        count += event in {"call", "c_call"}
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 LONG: dict[str, Callable[[int], onnx.ModelProto]] = {

@@ -18,6 +18,7 @@ from onnx_clp.model.ambiguity import NAMED, Ambiguity
 from onnx_clp.report import json as as_json
 from onnx_clp.report import text as as_text
 from onnx_clp.report.outcome import Outcome
+from tests.built import session
 from tests.hostile.readings import CASES, Reading
 from tests.hostile.two_readers import A, Array, B, C, conv, graph, kernel, model, node, simple, tensor, typed, weight
 from tests.test_reports import validator
@@ -43,18 +44,12 @@ def write(reading: Reading, folder: Path) -> Path:
 
 def ran(path: Path) -> list[Array]:
     """The weights that onnxruntime runs, without optimisations and with them; nothing where it refuses."""
-    import onnxruntime
-
     found = []
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            given = {entry.name: np.ones(entry.shape, _DTYPES[entry.type]) for entry in session.get_inputs()}
-            found.append(np.ravel(session.run(["z"], given)[0]))
+            made = session(path, level)
+            given = {entry.name: np.ones(entry.shape, _DTYPES[entry.type]) for entry in made.get_inputs()}
+            found.append(np.ravel(made.run(["z"], given)[0]))
         except Exception:  # noqa: BLE001, S112  # onnxruntime raises kinds of its own, and a refusal is no result
             continue
     return found
@@ -126,14 +121,9 @@ def test_onnxruntime_runs_most_of_the_cases(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["input_with_default", "input_with_sparse_default", "input_with_constant"])
 def test_a_weight_that_a_caller_can_override_is_named(name: str, tmp_path: Path) -> None:
     """Initializers and Constant nodes are defaults alike."""
-    import onnxruntime
-
     path = write(CASES[name], tmp_path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (layer,) = onnx_clp.scan(path).layers
-    assert [entry.name for entry in session.get_overridable_initializers()] == list(layer.overridable) == ["W"]
+    assert [entry.name for entry in session(path).get_overridable_initializers()] == list(layer.overridable) == ["W"]
 
 
 def test_each_kind_of_ambiguity_has_a_case_and_a_name_in_the_schema() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import onnx
@@ -15,6 +13,7 @@ from onnx import NodeProto, helper
 
 from onnx_clp import scan
 from tests.hostile import costly
+from tests.hostile.counting import calls
 
 ONES = ["ones"] * 4
 
@@ -24,22 +23,6 @@ def written(nodes: list[NodeProto], folder: Path) -> Path:
     made = costly.model(nodes, [costly.KERNEL, costly.ONES, costly.numbers("many", 4096)])
     path.write_bytes(made.SerializeToString())
     return path
-
-
-def steps(work: Callable[[], object]) -> int:
-    """How many functions are called while ``work`` is done, those of C among them."""
-    count = 0
-
-    def note(_: FrameType, event: str, __: object) -> None:
-        nonlocal count
-        count += event in {"call", "c_call"}
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def normalised(value: str) -> list[NodeProto]:
@@ -75,7 +58,7 @@ def test_whether_channels_escape_is_found_in_one_walk(build: Callable[[int], lis
     for n in (200, 400):
         path = written(build(n), tmp_path)
         scan(path)  # what is imported late is there
-        counts.append(steps(partial(scan, path)))
+        counts.append(calls(partial(scan, path)))
     assert counts[1] < 2.2 * counts[0]
 
 
