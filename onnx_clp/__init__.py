@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from onnx_clp.evaluation.tac import NotMeasured, TacLayer, TacReport, tac
     from onnx_clp.limits import Limits
     from onnx_clp.model.ambiguity import Ambiguity
+    from onnx_clp.preactivation.scores import Choice, Scores, SiteChoice, SiteScores, Unread
+    from onnx_clp.preactivation.selection import Selection
     from onnx_clp.sanitizer import Check, Left, SanitizeReport, Silenced, sanitize
 
 __all__ = [
     "Ambiguity",
     "Channel",
     "Check",
+    "Choice",
     "Corrected",
     "Correction",
     "Correlation",
@@ -43,14 +46,19 @@ __all__ = [
     "OnnxClpError",
     "SanitizeReport",
     "ScanReport",
+    "Scores",
+    "Selection",
     "Share",
     "Silenced",
+    "SiteChoice",
+    "SiteScores",
     "SkippedPart",
     "SweepReport",
     "SweepRow",
     "TacLayer",
     "TacReport",
     "Uncorrected",
+    "Unread",
     "UsageError",
     "VerificationError",
     "__version__",
@@ -69,9 +77,11 @@ _MODULES = {
     ),
     **dict.fromkeys(("SweepReport", "SweepRow", "sweep"), "onnx_clp.evaluation.sweep"),
     **dict.fromkeys(("NotMeasured", "TacLayer", "TacReport", "tac"), "onnx_clp.evaluation.tac"),
+    **dict.fromkeys(("Choice", "Scores", "SiteChoice", "SiteScores", "Unread"), "onnx_clp.preactivation.scores"),
     "Ambiguity": "onnx_clp.model.ambiguity",
     "Limits": "onnx_clp.limits",
     "Correlation": "onnx_clp.evaluation.correlation",
+    "Selection": "onnx_clp.preactivation.selection",
     "evaluate": "onnx_clp.evaluation.evaluator",
 }
 

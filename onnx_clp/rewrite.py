@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,9 @@ from onnx_clp._version import __version__
 from onnx_clp.analysis import Analysis, analyse
 from onnx_clp.defaults import ACTIVITY, DEFAULT_SCORE, DEFAULT_THRESHOLD
 from onnx_clp.errors import PayloadError, UsageError
+from onnx_clp.methods import CLP
 from onnx_clp.model.file import ModelFile, open_source
 from onnx_clp.model.graph import MISSING, Graph
-from onnx_clp.model.knob import silencing
 from onnx_clp.model.patch import Plan, plan
 from onnx_clp.model.place import move_into_place
 from onnx_clp.model.save import (
@@ -30,11 +30,14 @@ from onnx_clp.model.save import (
     rewritten,
 )
 from onnx_clp.model.source import ByteSource
+from onnx_clp.rests import Rest, kept_bias, wanted_of
 from onnx_clp.sanitizer import Check, Left, Options, SanitizeReport, Silenced
 from onnx_clp.verify import Choice, Kernels, verify
 
 if TYPE_CHECKING:
     from onnx_clp.correction.corrector import Corrector
+    from onnx_clp.preactivation.selection import Selection
+    from onnx_clp.rests import Floats
 
 
 def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, options: Options) -> SanitizeReport:
@@ -50,8 +53,9 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
         except OSError as error:
             raise UsageError(f"cannot write {dst}: {error.strerror}") from error
         analysis, corrector = _analysis(file, src, options)
-        wanted, left = _choose(analysis, options.max_share)
-        changes, done, refused = _plan(analysis, wanted)
+        selection = _selection(analysis, corrector, options)
+        wanted, left = _choose(analysis, options.max_share, selection)
+        changes, done, refused = _plan(analysis, _resting(analysis, wanted, options, selection, corrector))
         correction, check_images = None, None
         kernels: Kernels = {}
         if corrector is not None:
@@ -60,7 +64,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             found, images, done = planned(analysis, corrector, done, changes)
             changes, correction, kernels = found.plan, found.correction, found.kernels
             check_images = partial(checked, analysis, found=found, source=images)
-        silenced = tuple(Silenced(choice.part.site.node.name, choice.channels) for choice in done if choice.channels)
+        silenced = tuple(_silenced(choice) for choice in done if choice.channels)
         report = SanitizeReport(
             source=src,
             destination=dst,
@@ -76,6 +80,10 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             after=None,
             checks=(),
             correction=correction,
+            method=options.method,
+            keep_bias=options.keep_bias,
+            auto=options.auto,
+            selection=selection,
         )
         if options.dry_run:
             return report
@@ -146,15 +154,58 @@ def _check_destination(file: ModelFile, destination: Path, *, force: bool, in_pl
         raise UsageError(f"{destination} is no regular file", "name another file")
 
 
-def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Left]]:
-    """Which flagged channels to silence, and which layers flag more than ``max_share`` allows."""
+def _selection(analysis: Analysis, corrector: Corrector | None, options: Options) -> Selection | None:
+    """What EP or BNP chooses; None where bounds say it."""
+    if options.method == CLP:
+        return None
+    from onnx_clp.preactivation.scores import Method
+    from onnx_clp.preactivation.selecting import selected  # as in _analysis
+
+    clean = None if corrector is None else corrector.source
+    return selected(analysis, Method(options.method), options.u, options.request, clean)
+
+
+def _resting(
+    analysis: Analysis,
+    wanted: list[Choice],
+    options: Options,
+    selection: Selection | None,
+    corrector: Corrector | None,
+) -> list[Choice]:
+    """``wanted``, and where their channels rest."""
+    if not options.keep_bias:
+        return wanted
+    positions = {id(part): position for position, part in enumerate(analysis.measured)}
+    means: Mapping[int, Floats] = {}
+    if selection is not None:
+        from onnx_clp.preactivation.selecting import means as means_of
+
+        means = means_of(selection)
+    elif corrector is not None:
+        means = {position: each.mean for position, each in corrector.simulator.moments().items()}
+    return [replace(choice, rest=kept_bias(analysis, positions[id(choice.part)], means)) for choice in wanted]
+
+
+def _silenced(choice: Choice) -> Silenced:
+    """What a report says of ``choice``."""
+    values, channels = choice.rest.values, choice.channels
+    rests = () if values is None else tuple(float(values[k]) for k in channels)
+    return Silenced(choice.part.site.node.name, channels, choice.rest.kind, rests, choice.rest.why)
+
+
+def _choose(
+    analysis: Analysis, max_share: float, selection: Selection | None = None
+) -> tuple[list[Choice], list[Left]]:
+    """Which flagged, or selected, channels to silence, and of which layers these are more than ``max_share`` allows."""
+    selected = None if selection is None else {site.position: site.channels for site in selection.choice.sites}
     chosen: list[Choice] = []
     left: list[Left] = []
     doubtful = _doubtful(analysis.graph)
-    for part, layer in zip(analysis.measured, analysis.report.layers, strict=True):
+    for position, (part, layer) in enumerate(zip(analysis.measured, analysis.report.layers, strict=True)):
         if layer.non_finite:
             left.append(Left(layer.name, layer.non_finite, "their numbers are NaN or Inf, which no zero silences"))
-        channels = tuple(sorted(channel.index for channel in layer.flagged))
+        flagged = (channel.index for channel in layer.flagged) if selected is None else selected.get(position, ())
+        channels = tuple(sorted(set(flagged) - set(layer.non_finite)))
         if not channels:
             continue
         values = [doubtful[knob.value] for knob in part.site.knobs if knob.value in doubtful]
@@ -165,7 +216,8 @@ def _choose(analysis: Analysis, max_share: float) -> tuple[list[Choice], list[Le
             continue
         share = len(channels) / layer.channels
         if share > max_share:
-            reason = f"{share:.1%} of its channels are flagged, more than the {max_share:.1%} that may be silenced"
+            found = "flagged" if selected is None else "chosen"
+            reason = f"{share:.1%} of its channels are {found}, more than the {max_share:.1%} that may be silenced"
             left.append(Left(layer.name, channels, reason))
         else:
             chosen.append(Choice(part, channels))
@@ -185,7 +237,11 @@ def _doubtful(graph: Graph) -> dict[int, int]:
 
 
 def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice, ...], tuple[Left, ...]]:
-    """Plan the edits; a site whose channels cannot be silenced is left, and the others planned anew without it."""
+    """Plan the edits; a site whose channels cannot be silenced is left, and the others planned anew without it.
+
+    Where they cannot rest at their bias, they rest at 0.
+    """
+    positions = {id(part): position for position, part in enumerate(analysis.measured)}
     refused: list[Left] = []
     analysis.constants.meter.begin()
     while True:
@@ -193,16 +249,21 @@ def _plan(analysis: Analysis, wanted: list[Choice]) -> tuple[Plan, tuple[Choice,
             changes = plan(
                 analysis.constants,
                 analysis.graph,
-                [silencing(choice.part.site.knobs, choice.channels) for choice in wanted],
+                [wanted_of(analysis, positions[id(each.part)], each.channels, each.rest) for each in wanted],
             )
         except PayloadError as error:
             raise UsageError(f"a constant cannot be rewritten: {error.message}") from error
         if not changes.refused:
             return changes, tuple(wanted), tuple(refused)
-        for position, reason in changes.refused.items():
-            choice = wanted[position]
-            refused.append(Left(choice.part.site.node.name, choice.channels, reason))
-        wanted = [choice for position, choice in enumerate(wanted) if position not in changes.refused]
+        again = []
+        for number, choice in enumerate(wanted):
+            if number not in changes.refused:
+                again.append(choice)
+            elif choice.rest.values is not None:
+                again.append(replace(choice, rest=Rest(why=changes.refused[number])))
+            else:
+                refused.append(Left(choice.part.site.node.name, choice.channels, changes.refused[number]))
+        wanted = again
 
 
 def _note(options: Options, digest: str, report: SanitizeReport) -> dict[str, str]:
@@ -219,9 +280,19 @@ def _note(options: Options, digest: str, report: SanitizeReport) -> dict[str, st
     return {
         "version": __version__,
         "u": repr(options.u),
+        **_method_note(options, report),
         **({} if options.score == DEFAULT_SCORE else {"score": options.score}),
         **({} if options.threshold == DEFAULT_THRESHOLD else {"threshold": options.threshold}),
         "input_sha256": digest,
         "silenced": json.dumps({part.layer: part.channels for part in report.silenced}, separators=(",", ":")),
         **corrected,
     }
+
+
+def _method_note(options: Options, report: SanitizeReport) -> dict[str, str]:
+    """What the note says of a method that is not CLP, and of channels that do not rest at 0."""
+    found = {} if options.method == CLP else {"method": options.method}
+    if report.selection is not None:
+        found[f"{options.method}_images"] = repr(report.selection.images.count)
+    rests = {part.layer: part.rests for part in report.silenced if part.rests}
+    return found | ({"rests": json.dumps(rests, separators=(",", ":"))} if rests else {})

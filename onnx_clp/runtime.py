@@ -45,12 +45,12 @@ _FROM_OUTSIDE: Final = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT,
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A value of the graph to look at: its channels at ``axis`` (of the whole value) should all equal ``rest``."""
+    """A value of the graph: its channels at ``axis`` (of the whole value) should equal ``rests``, one each."""
 
     value: str
     axis: int
     channels: tuple[int, ...]
-    rest: float
+    rests: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_clp.auto import Has
 from onnx_clp.correction.request import NO_IMAGES, Correction, Given, ImageRequest
 from onnx_clp.defaults import (
     ACTIVITY,
     DEFAULT_MAX_SHARE,
     DEFAULT_SCORE,
     DEFAULT_THRESHOLD,
-    DEFAULT_U,
     SCORES,
     check_score,
     check_threshold,
@@ -25,11 +25,13 @@ from onnx_clp.defaults import (
 )
 from onnx_clp.errors import UsageError
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
+from onnx_clp.methods import CLP, DEFAULT_METHOD, Said, settled
 from onnx_clp.model.source import ByteSource, sha256_meanwhile
 
 if TYPE_CHECKING:
     from onnx_clp.analysis import ScanReport
     from onnx_clp.evaluation.attack import Attack
+    from onnx_clp.preactivation.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class Options:
     request: ImageRequest = NO_IMAGES
     score: str = DEFAULT_SCORE
     threshold: str = DEFAULT_THRESHOLD
+    method: str = CLP
+    keep_bias: bool = False
+    auto: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +63,17 @@ class Silenced:
     Attributes:
         layer: The layer's name.
         channels: Ascending.
+        rest: What they are now: ``zero``, or, their bias kept, ``bias`` (that of their BatchNormalization) or ``mean``
+            (of their output on the images, where that is folded in).
+        rests: Of each of them that number; empty where it is 0.
+        why: Why they are 0 though their bias was to be kept; empty where it was not, or is.
     """
 
     layer: str
     channels: tuple[int, ...]
+    rest: str = "zero"
+    rests: tuple[float, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,10 @@ class SanitizeReport:
         after: The scan of the output; None for a dry run.
         checks: The verifications.
         correction: What was measured on images and given back; None where no images were given.
+        method: By what channels were chosen: ``clp``, ``ep`` or ``bnp``.
+        keep_bias: Whether silenced channels keep their bias.
+        auto: What ``auto`` chose and why; empty where the method was said.
+        selection: What EP or BNP read and chose; None for CLP, of which ``before`` tells it.
     """
 
     source: str
@@ -115,6 +131,15 @@ class SanitizeReport:
     after: ScanReport | None
     checks: tuple[Check, ...]
     correction: Correction | None = None
+    method: str = CLP
+    keep_bias: bool = False
+    auto: str = ""
+    selection: Selection | None = None
+
+    @property
+    def analysed(self) -> bool:
+        """Whether anything could be judged at all, by the method."""
+        return self.before.analysed if self.selection is None else self.selection.analysed
 
     @property
     def silenced_channels(self) -> int:
@@ -140,10 +165,10 @@ class Check:
 def sanitize(  # each option is one of the command's
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    u: float = DEFAULT_U,
+    u: float | None = None,
     *,
-    score: str = DEFAULT_SCORE,
-    threshold: str = DEFAULT_THRESHOLD,
+    score: str | None = None,
+    threshold: str | None = None,
     count_dead: bool = False,
     max_share: float = DEFAULT_MAX_SHARE,
     metadata: bool = True,
@@ -166,11 +191,15 @@ def sanitize(  # each option is one of the command's
     providers: Sequence[str] | None = None,
     batch_size: int | None = None,
     output_name: str | None = None,
-    repair: str = "statistics",
+    repair: str | None = None,
     ridge: float | None = None,
     augment: int | None = None,
+    method: str = DEFAULT_METHOD,
+    suspected_images: Given = None,
+    num_suspected: int | None = None,
+    keep_bias: bool | None = None,
 ) -> SanitizeReport:
-    """Write a copy of an ONNX model in which the flagged channels are silent: their output is exactly 0.
+    """Write a copy of an ONNX model in which the flagged channels are silent: their output is exactly 0, or their bias.
 
     Only the numbers that silence a channel change (γ and β of its BN, or its row of a folded kernel and its bias),
     apart from tensors that must be un-shared, the names of external data files, and a note in ``metadata_props``.
@@ -184,7 +213,8 @@ def sanitize(  # each option is one of the command's
     Args:
         src: The ONNX file.
         dst: The file to write. External data is written beside it, under names made to fit that are free.
-        u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0.
+        u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0. 3 where None, but for
+            ``auto``, and so are the next two the defaults of `onnx_clp.scan`.
         score: As for `onnx_clp.scan`, or ``activity``: the bound over the standard deviation on ``images``.
         threshold: As for `onnx_clp.scan`.
         count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
@@ -212,10 +242,18 @@ def sanitize(  # each option is one of the command's
         batch_size: Images that are run at once.
         output_name: The output with a number for each class, by which the answers before and after are compared.
         repair: What the images are used for: ``statistics``; ``refit``, which fits kernels and then does the same; or
-            ``none``: nothing but to compare the answers.
+            ``none``: nothing but to compare the answers. ``statistics`` where None, but for ``auto``.
         ridge: λ of a refit, above 0: the share at which a weight is drawn to 0; None for 0.1.
         augment: Shifted and mirrored copies of each image that are measured too, 0 to 100; None for 3 with a refit, and
             for none without.
+        method: ``clp``; ``ep``, which chooses channels whose pre-activations on ``suspected_images`` have an entropy
+            below mean − u·std of their layer; ``bnp``: whose pre-activations on ``images`` diverge from the running
+            statistics by more than mean + u·std; or ``auto``: see `onnx_clp.auto`. See docs/sanitize.md.
+        suspected_images: Images of the training set that may have been poisoned, triggered ones among them; given as
+            ``images`` are, and taken by the model alike.
+        num_suspected: Take so many of them, drawn at random; None for all, 5,000 at most.
+        keep_bias: Whether silenced channels keep the bias of their normalisation, and rest there; None as the method is
+            published: yes for EP and BNP, no for CLP.
 
     Raises:
         ModelFileError: ``src`` cannot be read, is no ONNX model, or was changed or replaced while it was scanned;
@@ -224,20 +262,39 @@ def sanitize(  # each option is one of the command's
         VerificationError: The written file did not pass its verification, or ``src`` was changed or replaced after it
             was scanned; what was written was removed.
     """
-    check_u(u)
-    check_score(score, (*SCORES, ACTIVITY))
-    if score == ACTIVITY and images is None:
+    said = Said(method, u, score, threshold, count_dead, repair, ridge, keep_bias)
+    # Labels are not read: an accuracy budget, `Settled.max_accuracy_drop`, needs them.
+    made = settled(said, Has(images=images is not None, labels=False, suspected=suspected_images is not None))
+    check_u(made.u)
+    check_score(made.score, (*SCORES, ACTIVITY))
+    if made.score == ACTIVITY and images is None:
         raise UsageError("--score activity goes with --images", "give --images PATH, or take another score")
-    check_threshold(threshold, count_dead=count_dead)
+    check_threshold(made.threshold, count_dead=count_dead)
     if not 0 <= max_share <= 1:
         raise UsageError(f"the largest share is {max_share}", "give a share between 0 and 1")
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     roots = tuple(map(Path, allow_roots))
     shown = (images, attack, size, mean, std, layout, value_range, resize)
-    request = ImageRequest(*shown, num_images, seed, providers, batch_size, output_name, repair, ridge, augment)
+    run = (num_images, seed, providers, batch_size, output_name, made.repair, made.ridge, augment)
+    request = ImageRequest(*shown, *run, suspected_images, num_suspected)
     request.check()
     options = Options(
-        u, count_dead, max_share, metadata, force, in_place, dry_run, shapes, roots, limits, request, score, threshold
+        made.u,
+        count_dead,
+        max_share,
+        metadata,
+        force,
+        in_place,
+        dry_run,
+        shapes,
+        roots,
+        limits,
+        request,
+        made.score,
+        made.threshold,
+        made.method,
+        made.keep_bias,
+        made.auto,
     )
     source = ByteSource(Path(src))
     try:

@@ -23,6 +23,7 @@ from onnx_clp.model.file import ModelFile, open_model
 from onnx_clp.model.graph import MISSING
 from onnx_clp.model.save import Rewrite
 from onnx_clp.model.tensors import Array, Stored, complete
+from onnx_clp.rests import AT_ZERO, Rest
 from onnx_clp.sanitizer import Check
 from onnx_clp.sites import NAME_LIMIT, NAMED_OPERATORS, Reason, Site
 
@@ -38,11 +39,13 @@ class Choice:
         part: The site.
         channels: To silence; none where it is only corrected.
         factors: What its channels are multiplied by, float64 (channels,); None where it is only silenced.
+        rest: What silenced channels become.
     """
 
     part: Measured
     channels: tuple[int, ...]
     factors: Bounds | None = None
+    rest: Rest = AT_ZERO
 
 
 def verify(
@@ -357,10 +360,11 @@ def _observed(analysis: Analysis, done: Sequence[Choice]) -> Iterator[runtime.Ob
         maker = analysis.graph.producers.get(site.output)
         if site.output == MISSING or maker is None or maker.layout is None or not maker.layout.in_main_graph:
             continue
-        rest = 0.0
+        rest, values = 0.0, choice.rest.values
         if site.rest != MISSING:
             zero_point = analysis.constants.small(site.rest)
             if zero_point is None or zero_point.size != 1:
                 continue  # it is known at run time only, or the file does not hold it
             rest = float(zero_point.ravel()[0])
-        yield runtime.Observed(analysis.graph.name_of(site.output), site.axis, choice.channels, rest)
+        rests = tuple(rest if values is None else float(values[k]) for k in choice.channels)
+        yield runtime.Observed(analysis.graph.name_of(site.output), site.axis, choice.channels, rests)

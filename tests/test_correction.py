@@ -400,8 +400,8 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
     path = saved(CORRECTED["residual"](), tmp_path)
     whole = recipe.Recipe.wanted
 
-    def wrong(self: recipe.Recipe, found: Any, silenced: Any) -> Any:  # noqa: ANN401
-        return whole(self, type(found)(found.factors, found.shifts + 0.5, found.clamped), silenced)
+    def wrong(self: recipe.Recipe, found: Any, silenced: Any, rests: Any) -> Any:  # noqa: ANN401
+        return whole(self, type(found)(found.factors, found.shifts + 0.5, found.clamped), silenced, rests)
 
     monkeypatch.setattr(recipe.Recipe, "wanted", wrong)
     with pytest.raises(VerificationError, match="other outputs than were simulated"):
@@ -415,8 +415,8 @@ def test_a_bound_that_is_not_the_old_one_times_its_factor_is_refused(
     path = saved(CORRECTED["residual"](), tmp_path)
     whole = recipe.Recipe.wanted
 
-    def wrong(self: recipe.Recipe, found: Any, silenced: Any) -> Any:  # noqa: ANN401
-        return whole(self, type(found)(found.factors * 0.9, found.shifts, found.clamped), silenced)
+    def wrong(self: recipe.Recipe, found: Any, silenced: Any, rests: Any) -> Any:  # noqa: ANN401
+        return whole(self, type(found)(found.factors * 0.9, found.shifts, found.clamped), silenced, rests)
 
     monkeypatch.setattr(recipe.Recipe, "wanted", wrong)
     with pytest.raises(VerificationError, match="is not what its correction makes of it"):

@@ -21,6 +21,8 @@ PACKAGE = Path(onnx_clp.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version"),
     ("defaults", "limits"),
+    ("auto",),
+    ("methods",),
     ("bounds", "judge"),
     # the file, its graph and its bytes
     ("model.source", "model.containment"),
@@ -69,11 +71,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("correction.refit",),
     ("correction.convolutions", "correction.activity"),
     ("correction.cuts", "correction.recipe"),
-    ("correction.stream",),
+    ("correction.stream", "rests"),
     ("correction.repair",),
     ("correction.simulator",),
     ("correction.source",),
     ("correction.compare", "correction.corrector"),
+    # what pre-activations give away
+    ("preactivation.scores", "preactivation.entropy", "preactivation.divergence"),
+    ("preactivation.choice", "preactivation.places", "preactivation.selection"),
+    ("preactivation.reading",),
+    ("preactivation.selecting",),
     # the rewrite
     ("sanitizer",),
     ("verify",),
@@ -81,14 +88,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rewrite",),
     # accuracy and attack success
     ("evaluation.evaluator", "evaluation.sweep", "evaluation.tac"),
-    # what pre-activations give away
-    ("preactivation.scores", "preactivation.entropy", "preactivation.divergence"),
-    ("preactivation.choice", "preactivation.places"),
-    ("preactivation.reading",),
     ("demonstration",),
     # what users see
     ("report.words", "report.outcome"),
-    ("report.correction_text",),
+    ("report.correction_text", "report.values"),
+    ("report.selection_text", "report.selection_json"),
     ("report.text", "report.json"),
     ("report.evaluate_text", "report.csv", "report.plot", "report.sweep_json", "report.tac_json"),
     ("report.sweep_text", "report.tac_text", "report.demo_text"),
@@ -130,6 +134,7 @@ ONLY = {
         "sites",
         "kernels",
         "paths",
+        "rests",
         "verify",
         "trial",
         "evaluation.",
@@ -268,6 +273,12 @@ def test_every_layer_is_there() -> None:
         "cli.evaluate",
         "evaluation.figures",
         "preactivation.scores",
+        "preactivation.selection",
+        "report.selection_text",
+        "report.selection_json",
+        "report.values",
+        "auto",
+        "methods",
     ],
 )
 def test_light_modules_load_no_onnx(module: str) -> None:

@@ -687,7 +687,7 @@ def test_a_channel_that_is_not_silent_is_an_error(tmp_path: Path, monkeypatch: p
 
 def test_onnxruntime_sees_a_channel_that_is_not_silent(tmp_path: Path) -> None:
     source = saved("folded", tmp_path)
-    observed = [runtime.Observed("conv.out", 1, (5,), 0.0)]
+    observed = [runtime.Observed("conv.out", 1, (5,), (0.0,))]
 
     def ran(model: Path) -> runtime.Answer | None:
         return runtime.examine(model, source, observed, {}, model.stat().st_size, DEFAULT_LIMITS).run

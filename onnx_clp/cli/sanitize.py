@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import click
+from click.core import ParameterSource
 
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.image_options import model_input
@@ -13,6 +15,10 @@ from onnx_clp.cli.options import LONGEST_NUMBER, common, deliver, protect, share
 from onnx_clp.correction.request import DEFAULT_COPIES, DEFAULT_RIDGE, MOST_COPIES, REPAIRS
 from onnx_clp.defaults import ACTIVITY, SCORES
 from onnx_clp.limits import Limits
+from onnx_clp.methods import DEFAULT_METHOD, METHODS
+from onnx_clp.preactivation.selection import MOST_SUSPECTED
+
+Value = TypeVar("Value")
 
 
 def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -26,6 +32,12 @@ def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     return shapes
 
 
+def said(name: str, value: Value) -> Value | None:
+    """``value`` where the user gave the option ``name``; None where it is its default, which a method may replace."""
+    source = click.get_current_context().get_parameter_source(name)
+    return None if source in {ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP} else value
+
+
 def _is_size(text: str) -> bool:
     return text.isdecimal() and len(text) < LONGEST_NUMBER and int(text) > 0
 
@@ -34,6 +46,18 @@ def _is_size(text: str) -> bool:
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
 @common((*SCORES, ACTIVITY), ", or by activity: bound / standard deviation on --images")
+@click.option("--method", type=click.Choice(METHODS), default=DEFAULT_METHOD, show_default=True, metavar="NAME",
+              help="By what channels are chosen. clp: their bounds; ep: the entropy of their pre-activations on "
+              "--suspected-images; bnp: how far these are, on --images, from the running statistics; auto: by what is "
+              "given.")  # fmt: skip
+@click.option("--suspected-images", metavar="PATH", type=click.Path(path_type=Path),
+              help="For ep: images of the training set that may have been poisoned, triggered ones among them; read "
+              "like --images.")  # fmt: skip
+@click.option("--num-suspected", type=click.IntRange(2), metavar="N",
+              help=f"Take N of them, drawn at random; all, {MOST_SUSPECTED:,} at most, unless said.")  # fmt: skip
+@click.option("--keep-bias/--zero-bias", default=None,
+              help="Let silenced channels rest at the bias of their normalisation, as ep and bnp are published, or at "
+              "0, as clp is.")  # fmt: skip
 @click.option(
     "--max-share",
     callback=share,
@@ -95,7 +119,11 @@ def command(  # one parameter an option
     augment: int | None,
     score: str,
     threshold: str,
+    method: str,
+    suspected_images: Path | None,
+    num_suspected: int | None,
     *,
+    keep_bias: bool | None,
     count_dead: bool,
     quiet: bool,
     verbose: bool,
@@ -113,21 +141,24 @@ def command(  # one parameter an option
     With --images the mean and variance that later layers lose by it are measured and given back, in the same numbers of
     these layers. With --repair refit the kernels of the convolutions are fitted anew as well, so that weights that
     clean images do not use fade: also where nothing is flagged.
+
+    With --method auto the method and -u, --score, --repair and --ridge are chosen by what is given, but for those that
+    are said.
     """
     from onnx_clp.report import json, text  # as late as onnx and NumPy
     from onnx_clp.sanitizer import sanitize
 
     if destination is None and not (in_place or dry_run):
         raise click.UsageError("Missing argument 'OUT' (or --in-place, or --dry-run).")
-    shown = [path for path in (images, attack) if path is not None and path.is_file()]
+    shown = [path for path in (images, suspected_images, attack) if path is not None and path.is_file()]
     protect(output, [source, source if destination is None else destination, *shown])
     protect(destination, shown, "copy", "OUT")
     report = sanitize(
         source,
         source if destination is None else destination,
-        u,
-        score=score,
-        threshold=threshold,
+        said("u", u),
+        score=said("score", score),
+        threshold=said("threshold", threshold),
         count_dead=count_dead,
         max_share=max_share,
         metadata=not no_metadata,
@@ -150,9 +181,13 @@ def command(  # one parameter an option
         providers=providers,
         batch_size=batch_size,
         output_name=output_name,
-        repair=repair,
+        repair=said("repair", repair),
         ridge=ridge,
         augment=augment,
+        method=method,
+        suspected_images=suspected_images,
+        num_suspected=num_suspected,
+        keep_bias=keep_bias,
     )
     folder = Path(os.path.realpath(report.destination)).parent
     protect(output, (*report.before.data_files, *(folder / name for name in report.files)))
@@ -162,4 +197,4 @@ def command(  # one parameter an option
         else text.render_sanitize(report, terminal_style(output), verbose=verbose)
     )
     deliver(rendered, output, quiet=quiet)
-    return Exit.FINE if report.before.analysed else Exit.NOT_ANALYSED
+    return Exit.FINE if report.analysed else Exit.NOT_ANALYSED

@@ -30,12 +30,16 @@ from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.classifier import class_output
 from onnx_clp.evaluation.figures import Share
 from onnx_clp.evaluation.providers import version
-from onnx_clp.model.knob import Wanted, silencing
+from onnx_clp.model.knob import Wanted
 from onnx_clp.model.patch import Plan, plan
 from onnx_clp.model.save import data_names, location_edits, rewritten
+from onnx_clp.rests import AT_ZERO, Rest, wanted_of
 
 Channels = Mapping[int, tuple[int, ...]]
 """Channels by the position of their site in ``Analysis.measured``."""
+
+At = Mapping[int, Rest]
+"""Where they rest, likewise; at 0 where it is not said."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,14 +121,15 @@ class Corrector:
         """The analysis, its channels judged by what they do on the images. Raises as `Simulator` does."""
         return judged_by_activity(self._analysis, self.simulator.moments(), self.simulator.left)
 
-    def plan(self, silenced: Channels, plain: Plan) -> Planned:
-        """Repair what silencing ``silenced`` shifts, of which ``plain`` is the plan.
+    def plan(self, silenced: Channels, plain: Plan, at: At | None = None) -> Planned:
+        """Repair what silencing ``silenced``, which then rest ``at``, shifts, of which ``plain`` is the plan.
 
         Raises:
             ModelFileError: onnxruntime does not run the model in stages.
             UsageError: There is not enough memory for so many images.
         """
-        request = self._request
+        request, at = self._request, at or {}
+        rests = {position: rest.values for position, rest in at.items() if rest.values is not None}
         if not silenced and not request.refits:
             return Planned(plain, {}, {}, None, self._told({}, (), None))
         with self._variant(silenced, plain) as variant:
@@ -132,9 +137,9 @@ class Corrector:
             kept = dict(self._unfit)
             while True:
                 repair = Repair(request.repair != "none", request.penalty, left, kept)
-                simulation = self.simulator.run(silenced, repair, variant)
+                simulation = self.simulator.run(silenced, repair, variant, rests)
                 affines = {position: each for position, each in simulation.affines.items() if each.changed}
-                items = self._items(silenced, affines, recipes, simulation.refits)
+                items = self._items(silenced, at, affines, recipes, simulation.refits)
                 self._analysis.constants.meter.begin()
                 changes = plan(self._analysis.constants, self._analysis.graph, [item.wanted for item in items])
                 if not changes.refused:
@@ -161,6 +166,7 @@ class Corrector:
     def _items(
         self,
         silenced: Channels,
+        at: At,
         affines: Mapping[int, Affine],
         recipes: Mapping[int, Recipe],
         refits: Mapping[int, Refit],
@@ -168,11 +174,11 @@ class Corrector:
         """What is wanted of each site and of each convolution that is refitted."""
         items: dict[int, _Item] = {}
         for position in sorted({*silenced, *affines}):
-            channels = silenced.get(position, ())
+            channels, rest = silenced.get(position, ()), at.get(position, AT_ZERO)
             if position in affines:
-                wanted = recipes[position].wanted(affines[position], channels)
+                wanted = recipes[position].wanted(affines[position], channels, rest.values)
             else:
-                wanted = silencing(self._analysis.measured[position].site.knobs, channels)
+                wanted = wanted_of(self._analysis, position, channels, rest)
             items[position] = _Item(wanted, position)
         alone: list[_Item] = []
         for index, refit in refits.items():

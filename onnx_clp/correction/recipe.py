@@ -46,18 +46,21 @@ class Recipe:
     gain: Floats
     absent: Array | None = None
 
-    def wanted(self, found: Affine, silenced: Sequence[int]) -> Wanted:
-        """The changes that write ``found``; channels that are ``silenced`` become silent."""
-        factors = found.factors if (found.factors != 1).any() else None
-        shifts = found.shifts / self.gain if found.shifts.any() else None
+    def wanted(self, found: Affine | None, silenced: Sequence[int], rests: Floats | None = None) -> Wanted:
+        """The changes that write ``found``; channels that are ``silenced`` rest at 0, or at ``rests`` (channels,)."""
+        factors = found.factors if found is not None and (found.factors != 1).any() else None
+        shifts = found.shifts / self.gain if found is not None and found.shifts.any() else None
+        resting = None if rests is None else rests / self.gain
         channels = tuple(silenced)
         changes = [
-            Change(knob, channels, factors, shifts if knob is self.summand else None)
+            Change(knob, channels, factors, shifts, rests=resting)
+            if knob is self.summand
+            else Change(knob, channels, factors)
             for knob in self.knobs
             if knob is not self.summand or self.absent is None
         ]
-        if self.absent is not None and shifts is not None:
-            changes.append(Change(self.summand, channels, None, shifts, self.absent))
+        if self.absent is not None and (shifts is not None or resting is not None):
+            changes.append(Change(self.summand, channels, None, shifts, self.absent, rests=resting))
         return Wanted(tuple(changes))
 
 

@@ -14,13 +14,17 @@ import numpy as np
 
 from onnx_clp.correction.convolutions import Convolution
 from onnx_clp.correction.cuts import Observed
-from onnx_clp.correction.moments import Affine, Array, Moments, affine, applied, merged, moments
+from onnx_clp.correction.moments import Affine, Array, Floats, Moments, affine, applied, merged, moments
 from onnx_clp.correction.patches import convolved
 from onnx_clp.correction.refit import Refit, refitted
 from onnx_clp.correction.stream import Values
 
 Channels = Mapping[int, Sequence[int]]
 """Channels by the position of their site in ``Analysis.measured``."""
+
+Rests = Mapping[int, Floats]
+"""Where channels of a site rest when they are silenced, float64 (channels,), likewise; at 0, or at the zero point,
+where it is not said."""
 
 SAME_PRODUCT: Final = 1e-2
 """By which share of its own root mean square a convolution of patches may differ from what onnxruntime computes: sums
@@ -52,6 +56,7 @@ class Repairs:
         wanted: What is to be done.
         choices: What is silenced.
         counted: How many of the batches are measured.
+        rests: Where silenced channels rest.
         affines: What was done to each site that was reached, by position in ``Analysis.measured``.
         left: Why a site that was reached is not corrected, likewise.
         refits: The new kernels, by the index of the node.
@@ -61,6 +66,7 @@ class Repairs:
     wanted: Repair
     choices: Channels
     counted: int
+    rests: Rests = field(default_factory=dict)
     affines: dict[int, Affine] = field(default_factory=dict)
     left: dict[int, str] = field(default_factory=dict)
     refits: dict[int, Refit] = field(default_factory=dict)
@@ -95,13 +101,14 @@ class Repairs:
     def correct(self, part: Observed, values: Values, before: Moments | None, *, reached: bool) -> bool:
         """Correct and silence a site, of which ``before`` are the moments in the original; whether it was changed."""
         silenced = self.choices.get(part.position, ())
+        rests = self.rests.get(part.position, np.full(part.site.channels, part.rest))
         found = None
         if reached and self.wanted.statistics:
             found = self._affine(part, values, before, silenced)
         for i, array in enumerate(values):
             axis = part.site.axis % array.ndim
             made = applied(array, axis, found) if found is not None and found.changed else array
-            values[i] = _silent(made, axis, silenced, part.rest) if silenced else made
+            values[i] = _silent(made, axis, silenced, rests) if silenced else made
         return bool(silenced) or (found is not None and bool(found.changed))
 
     def _affine(self, part: Observed, values: Values, before: Moments | None, silenced: Sequence[int]) -> Affine | None:
@@ -135,8 +142,9 @@ def _unlike(part: Convolution, x: Array, made: Array) -> str:
     return "what it computes cannot be followed" if off > SAME_PRODUCT * size else ""
 
 
-def _silent(array: Array, axis: int, channels: Sequence[int], rest: float) -> Array:
+def _silent(array: Array, axis: int, channels: Sequence[int], rests: Floats) -> Array:
     """``array`` with ``channels`` at rest."""
     made = array.copy()
-    made[(slice(None),) * axis + (list(channels),)] = rest
+    for channel in channels:
+        made[(slice(None),) * axis + (channel,)] = rests[channel]
     return made

@@ -62,6 +62,8 @@ class ImageRequest:
     repair: str = "statistics"
     ridge: float | None = None
     augment: int | None = None
+    suspected: Given = None
+    num_suspected: int | None = None
 
     @property
     def refits(self) -> bool:
@@ -80,15 +82,23 @@ class ImageRequest:
             return DEFAULT_COPIES if self.refits else 0
         return self.augment
 
+    def _missing(self, name: str) -> str:
+        """The option without which option ``name`` means nothing; empty where there is none, or it is given."""
+        if name in _OF_SUSPECTED:
+            return "--suspected-images" if self.suspected is None else ""
+        of_both = name in _OF_BOTH and self.suspected is not None
+        return "--images" if self.images is None and not of_both and name != "suspected" else ""
+
     def check(self) -> None:
         """Raise UsageError where an option is beyond its range, or is given without images."""
-        if self.images is None:
-            for field in fields(self):
-                if getattr(self, field.name) != field.default:
-                    name = _OPTIONS.get(field.name, field.name.replace("_", "-"))
-                    raise UsageError(f"--{name} goes with --images", f"give --images PATH, or leave --{name} out")
-        if self.num_images is not None and self.num_images < LEAST_IMAGES:
-            raise UsageError(f"the number of images is {self.num_images}", f"take {LEAST_IMAGES} at least")
+        for field in fields(self):
+            missing = self._missing(field.name)
+            if missing and getattr(self, field.name) != field.default:
+                name = _OPTIONS.get(field.name, field.name.replace("_", "-"))
+                raise UsageError(f"--{name} goes with {missing}", f"give {missing} PATH, or leave --{name} out")
+        for number in (self.num_images, self.num_suspected):
+            if number is not None and number < LEAST_IMAGES:
+                raise UsageError(f"the number of images is {number}", f"take {LEAST_IMAGES} at least")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"the batch size is {self.batch_size}", "run one image at once at least")
         if self.repair not in REPAIRS:
@@ -105,6 +115,12 @@ NO_IMAGES: Final = ImageRequest()
 """Nothing is corrected."""
 
 _OPTIONS: Final[dict[str, Any]] = {"value_range": "range"}
+
+_OF_SUSPECTED: Final = frozenset({"num_suspected"})
+_OF_BOTH: Final = frozenset({"attack", "providers", "batch_size", "seed"}) | frozenset(
+    {"size", "mean", "std", "layout", "value_range", "resize"}
+)
+"""Options that say how a model takes any images, and how it is run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from onnx_clp.correction.corrector import Corrector, Planned
 from onnx_clp.correction.request import ImageRequest
 from onnx_clp.correction.source import ImageSource
 from onnx_clp.model.patch import Plan
+from onnx_clp.rests import AT_ZERO
 from onnx_clp.sanitizer import Check
 from onnx_clp.verify import Choice
 
@@ -47,12 +48,14 @@ def planned(
     """
     positions = {id(part): position for position, part in enumerate(analysis.measured)}
     silenced = {positions[id(choice.part)]: choice.channels for choice in done}
-    found = corrector.plan(silenced, plain)
+    at = {positions[id(choice.part)]: choice.rest for choice in done}
+    found = corrector.plan(silenced, plain, at)
     choices = tuple(
         Choice(
             analysis.measured[position],
             silenced.get(position, ()),
             found.affines[position].factors if position in found.affines else None,
+            at.get(position, AT_ZERO),
         )
         for position in sorted({*silenced, *found.affines})
     )

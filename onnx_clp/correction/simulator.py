@@ -26,7 +26,7 @@ from onnx_clp.correction.convolutions import Convolution
 from onnx_clp.correction.cuts import Prepared, Variant, cut
 from onnx_clp.correction.moments import Affine, Array, Moments
 from onnx_clp.correction.refit import Refit
-from onnx_clp.correction.repair import Channels, Repair, Repairs
+from onnx_clp.correction.repair import Channels, Repair, Repairs, Rests
 from onnx_clp.correction.stream import Batches, Outputs, Stream, Values
 from onnx_clp.errors import UsageError
 
@@ -93,13 +93,20 @@ class Simulator:
         except MemoryError as error:
             raise UsageError(*_TOO_MANY) from error
 
-    def run(self, choices: Channels, repair: Repair | None = None, variant: Variant | None = None) -> Simulation:
+    def run(
+        self,
+        choices: Channels,
+        repair: Repair | None = None,
+        variant: Variant | None = None,
+        rests: Rests | None = None,
+    ) -> Simulation:
         """Silence channels and repair what comes after.
 
         Args:
             choices: Channels by the position of their site in ``Analysis.measured``.
             repair: What is done; None for the statistics alone, of all sites.
             variant: The model with these channels silenced in it; needed where some of them are `hidden`.
+            rests: Where they rest; None for 0, or the zero point, everywhere.
 
         Raises:
             ModelFileError: onnxruntime does not run a stage.
@@ -111,7 +118,7 @@ class Simulator:
         try:
             original = self._original(in_step=wanted.ridge is not None)
             stages = self._cuts.stages if variant is None else self._cuts.of(variant)
-            return self._repaired(stages, Repairs(whole, choices, self._batches.counted), original)
+            return self._repaired(stages, Repairs(whole, choices, self._batches.counted, rests or {}), original)
         except MemoryError as error:
             raise UsageError(*_TOO_MANY) from error
 

@@ -173,7 +173,7 @@ class Follower:
         self, change: Change, chain: Sequence[Derived], root: Stored, current: Array
     ) -> tuple[Patch, ...] | None:
         """The factors in the scale of a quantised constant, and what is silent in its levels."""
-        if change.shifts is not None:
+        if change.shifts is not None or change.rests is not None:
             raise PayloadError("a summand of it is quantised, in which its mean cannot be written", LEVELS)
         (step, behind) = self.dequantised(chain)
         scale = step.operands[1]

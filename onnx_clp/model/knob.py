@@ -3,8 +3,9 @@
 A channel k of a knob, the slice x_k, becomes
 
     0, or the zero point           where channel k shall be silent,
+    r_k                            where it shall be silent and its output rest there,
     a_k·x_k + c_k                  otherwise, or
-    a_k·r_k + c_k                  where the constant as a whole is replaced by another, r.
+    a_k·x′_k + c_k                 where the constant as a whole is replaced by another, x′.
 
 Where only channels are silenced, a_k = 1 and c_k = 0. Elements that do not change keep their bits.
 """
@@ -65,7 +66,8 @@ class Change:
         factors: a, float64 (channels,); None where all are 1.
         shifts: c, likewise; None where all are 0.
         absent: Zeros (channels,) that stand in for the constant where the node has no such input yet.
-        replacement: r, float64, of the constant's shape; None where it is changed, and not replaced.
+        replacement: x′, float64, of the constant's shape; None where it is changed, and not replaced.
+        rests: r, float64 (channels,), of which those of silent channels are used; None where they become 0.
     """
 
     knob: Knob
@@ -74,11 +76,12 @@ class Change:
     shifts: Floats | None = None
     absent: Array | None = None
     replacement: Floats | None = None
+    rests: Floats | None = None
 
     @property
     def corrects(self) -> bool:
         """Whether it does more than to silence."""
-        return self.factors is not None or self.shifts is not None or self.replacement is not None
+        return any(part is not None for part in (self.factors, self.shifts, self.replacement, self.rests))
 
     def factor_of(self, shape: tuple[int, ...]) -> Floats:
         """The a of each element of a constant of ``shape``, in a form that broadcasts against it."""
@@ -121,6 +124,17 @@ def turned(change: Change, current: Array, rest: Array) -> Array:
     for channel in change.silent:
         chosen = selection(current.shape, change.knob, channel)
         made[chosen] = np.broadcast_to(rest, current.shape)[chosen]
+        if change.rests is not None:
+            made[chosen] = _fitting(change.rests[channel], current)
+    return made
+
+
+def _fitting(number: float, current: Array) -> Array:
+    """``number`` in the type of ``current``. Raises PayloadError where it does not fit."""
+    with np.errstate(all="ignore"):  # as above
+        made = np.asarray(number).astype(current.dtype)
+    if not np.isfinite(made.astype(np.float64)):
+        raise PayloadError(f"what a channel rests at does not fit {current.dtype}", BEYOND)
     return made
 
 

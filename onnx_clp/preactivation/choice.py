@@ -54,6 +54,7 @@ def _choose(site: SiteScores, u: float, method: Method) -> SiteChoice:
         rests_known=site.reads is Reads.INPUT,
         mirrored=tuple(k for k in mirrored if k not in channels),
         unscored=tuple(np.flatnonzero(~np.isfinite(scores)).tolist()),
+        position=site.position,
     )
 
 

@@ -42,8 +42,12 @@ class Normalisation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """A site, the value to read, and the constants of its BatchNormalization; None where that is folded in."""
+    """A site, the value to read, and the constants of its BatchNormalization; None where that is folded in.
 
+    ``position`` is the site's, in ``Analysis.measured``.
+    """
+
+    position: int
     watched: Watched
     normalisation: Normalisation | None
 
@@ -56,7 +60,7 @@ class Place:
 def find_places(analysis: Analysis, method: Method) -> tuple[tuple[Place, ...], tuple[Unread, ...]]:
     """The sites whose pre-activations can be read for ``method``, and the others; the analysis's file is open."""
     places, unread = [], []
-    for part, layer in zip(analysis.measured, analysis.report.layers, strict=True):
+    for position, (part, layer) in enumerate(zip(analysis.measured, analysis.report.layers, strict=True)):
         site = part.site
         normalises = site.node.op_type == _BATCH_NORMALIZATION
         value, axis = (site.node.inputs[0], 1) if normalises else (site.output, site.axis)
@@ -68,7 +72,7 @@ def find_places(analysis: Analysis, method: Method) -> tuple[tuple[Place, ...], 
         if reason:
             unread.append(Unread(layer.name, reason))
         else:
-            places.append(Place(Watched(layer, analysis.graph.name_of(value), axis), normalisation))
+            places.append(Place(position, Watched(layer, analysis.graph.name_of(value), axis), normalisation))
     return tuple(places), tuple(unread)
 
 

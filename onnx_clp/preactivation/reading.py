@@ -195,4 +195,5 @@ def _scored(
         scores=tuple(scores.tolist()),
         rests=tuple(rests.tolist()),
         mirrored=mirrored,
+        position=place.position,
     )

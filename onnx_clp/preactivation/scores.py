@@ -41,6 +41,7 @@ class SiteScores:
             kernel alone to zero would leave the channel there. The mean of the output over the images is given
             instead. It is γ·(mean of φ − μ_run)/σ_run + β, so β where the images have the mean of training, and the
             channel's clean mean where they are clean.
+        position: Of the site among the layers of a scan: two may have one name.
     """
 
     name: str
@@ -50,6 +51,7 @@ class SiteScores:
     scores: tuple[float, ...]
     rests: tuple[float, ...]
     mirrored: tuple[float, ...] = ()
+    position: int = 0
 
     @property
     def channels(self) -> int:
@@ -114,6 +116,7 @@ class SiteChoice:
         rests_known: Whether that is β itself, and not the mean over the images.
         mirrored: Channels that are not among ``channels`` and would be, had their folded γ been negative; ascending.
         unscored: Channels whose score is not finite, ascending. They count for nothing and are never chosen.
+        position: As of `SiteScores`.
     """
 
     name: str
@@ -127,6 +130,12 @@ class SiteChoice:
     rests_known: bool
     mirrored: tuple[int, ...]
     unscored: tuple[int, ...]
+    position: int = 0
+
+    @property
+    def judged(self) -> bool:
+        """Whether a channel could have been chosen, or all are equal."""
+        return self.verdict in {Verdict.JUDGED, Verdict.ZERO_SPREAD}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,19 @@ A number that JSON cannot hold is the string ``"NaN"``, ``"Infinity"`` or ``"-In
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from onnx_clp._version import __version__
+from onnx_clp.report.selection_json import selection_object
+from onnx_clp.report.values import images_used_object, number_value, preprocessing_object
 
 if TYPE_CHECKING:
     from onnx_clp.analysis import Channel, Layer, ScanReport
     from onnx_clp.correction.request import Correction
-    from onnx_clp.evaluation.attack import Preprocessing
     from onnx_clp.evaluation.figures import AttackUsed, EvaluationReport, ImageSet, ModelFigures, Share
     from onnx_clp.report.outcome import Outcome
-    from onnx_clp.sanitizer import SanitizeReport
+    from onnx_clp.sanitizer import SanitizeReport, Silenced
 
 FORMAT_VERSION: Final = 1
 """Goes up when a field changes its meaning or goes away; a new field does not count."""
@@ -48,7 +48,10 @@ def render_sanitize(report: SanitizeReport) -> str:
             "replaced_data": list(report.replaced_data),
             "input_sha256": report.input_sha256,
             "max_share": report.max_share,
-            "silenced": [{"layer": part.layer, "channels": list(part.channels)} for part in report.silenced],
+            "method": report.method,
+            "auto": report.auto or None,
+            "keep_bias": report.keep_bias,
+            "silenced": [_silenced(part) for part in report.silenced],
             "left": [
                 {"layer": part.layer, "channels": list(part.channels), "reason": part.reason} for part in report.left
             ],
@@ -57,25 +60,28 @@ def render_sanitize(report: SanitizeReport) -> str:
             "before": scan_object(report.before),
             "after": None if report.after is None else scan_object(report.after),
             "correction": None if report.correction is None else correction_object(report.correction),
+            "selection": None if report.selection is None else selection_object(report.selection),
         }
     )
 
 
+def _silenced(part: Silenced) -> dict[str, Any]:
+    return {
+        "layer": part.layer,
+        "channels": list(part.channels),
+        "rest": part.rest,
+        "rests": [number_value(rest) for rest in part.rests] or None,
+        "why": part.why or None,
+    }
+
+
 def correction_object(correction: Correction) -> dict[str, Any]:
     """What a correction did as a JSON object."""
-    images = correction.images
     return {
         "repair": correction.repair,
         "ridge": correction.ridge,
         "augment": correction.augment,
-        "images": {
-            "path": images.path,
-            "kind": images.kind,
-            "used": images.used,
-            "count": images.count,
-            "available": images.available,
-            "seed": images.seed,
-        },
+        "images": images_used_object(correction.images),
         "preprocessing": preprocessing_object(correction.preprocessing),
         "corrected": [
             {
@@ -142,19 +148,6 @@ def images_object(images: ImageSet) -> dict[str, Any]:
 def attack_object(attack: AttackUsed) -> dict[str, Any]:
     """An attack as a JSON object."""
     return {"name": attack.name, "trigger": attack.trigger, "target": attack.target}
-
-
-def preprocessing_object(made: Preprocessing) -> dict[str, Any]:
-    """How images become inputs as a JSON object."""
-    return {
-        "size": list(made.size),
-        "channels": made.channels,
-        "layout": made.layout,
-        "range": list(made.value_range),
-        "mean": list(made.mean),
-        "std": list(made.std),
-        "resize": made.resize,
-    }
 
 
 def model_object(model: ModelFigures) -> dict[str, Any]:
@@ -238,15 +231,6 @@ def _channel(layer: Layer, channel: Channel) -> dict[str, Any]:
         "score": number_value(layer.scores[channel.index]) if layer.scores else None,
         "z": number_value(channel.z),
     }
-
-
-def number_value(value: float) -> float | str:
-    """A number as JSON can hold it."""
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def document(content: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from onnx_clp.report.json import attack_object, document, images_object, number_value, preprocessing_object
+from onnx_clp.report.json import attack_object, document, images_object
+from onnx_clp.report.values import number_value, preprocessing_object
 
 if TYPE_CHECKING:
     from onnx_clp.evaluation.correlation import Correlation

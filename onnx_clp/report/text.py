@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from onnx_clp.defaults import ACTIVITY, DEFAULT_SCORE
 from onnx_clp.report.correction_text import correction_lines
+from onnx_clp.report.selection_text import rest_lines, selection_lines
 from onnx_clp.report.words import RULES, cell, columns, count, listed, number, padded, printable, shortened
 
 if TYPE_CHECKING:
@@ -193,7 +194,13 @@ def _sanitize(report: SanitizeReport, style: Style, *, verbose: bool) -> Iterato
     title = printable(report.source, 1000)
     title += f" → {printable(report.destination, 1000)}" if report.written else ", nothing written"
     yield style(title, "head")
-    yield from scan_lines(report.before, style, verbose=verbose)
+    if report.auto:
+        yield f"  auto      {report.auto}"
+    if report.selection is None:
+        yield from scan_lines(report.before, style, verbose=verbose)
+    else:
+        beside = [*_skipped(report.before, style, verbose=verbose), *_ambiguous(report.before, style, verbose=verbose)]
+        yield from selection_lines(report.selection, style, beside, verbose=verbose)
     yield ""
     yield from rewrite_lines(report, style)
 
@@ -201,6 +208,7 @@ def _sanitize(report: SanitizeReport, style: Style, *, verbose: bool) -> Iterato
 def rewrite_lines(report: SanitizeReport, style: Style) -> Iterator[str]:
     """The lines of one rewrite, without the paths and without the scan before it."""
     yield f"  silenced  {_silenced(report, style)}"
+    yield from rest_lines(report.silenced, style, keep_bias=report.keep_bias)
     for left in report.left:
         channels = listed(map(str, left.channels), CHANNELS_SHOWN)
         name, reason = shortened(left.layer, NAME_WIDTH), printable(left.reason, 300)

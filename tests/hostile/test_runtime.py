@@ -154,7 +154,7 @@ def test_a_model_whose_weights_are_large_has_the_memory_it_needs(tmp_path: Path)
 def test_an_output_that_is_not_what_was_silenced_is_no_pass(tmp_path: Path) -> None:
     source = save(build("folded"), tmp_path)
     for value, axis, channel in (("conv.out", 1, 999), ("conv.out", 9, 0)):
-        observed = [runtime.Observed(value, axis, (channel,), 0.0)]
+        observed = [runtime.Observed(value, axis, (channel,), (0.0,))]
         answer = runtime.examine(source, source, observed, {}, source.stat().st_size, DEFAULT_LIMITS).run
         assert answer is not None
         assert (answer.kind, "has not the channels" in answer.message) == ("not-run", True)
