@@ -1,6 +1,6 @@
 """Every cell as trained, after plain CLP, and after ``--method auto`` with clean images: ACC and ASR, side by side.
 
-    python bench/cells.py --runs runs --images DIR [--zoo DIR] [--curves FOLDER]
+    python -m bench.cells --runs runs --images DIR [--zoo DIR] [--curves FOLDER]
 
 ``--runs`` holds a folder for each network, as bench/attacks.py leaves them, ``--images`` what bench/correction.py
 takes. Plain CLP is u = 3 without a limit on the share; what is repaired gets ``--count`` images, without labels, and
@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from correction import Images, Model, Way, measured, runs, sanitized, zoo
 
+from bench.correction import AUTO, Images, Model, Way, measured, runs, sanitized, zoo
 from onnx_clp.evaluation.images import LabelledImages, labelled
 
 PLAIN = Way("bound", "none")
-AUTO = Way("", "", None)
 CURVES = (("plain", PLAIN), ("statistics", Way("activity", "statistics")), ("refit", Way("activity", "refit")))
 US = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 BACKDOORED = 90.0
@@ -155,7 +154,8 @@ def curves(axis: Any, model: Model, images: LabelledImages, clean: Images) -> No
 
 
 def _family(model: Model) -> str:
-    return model.name.split("-")[1]
+    _attack, family, *_ = model.name.split("-")
+    return family
 
 
 def main() -> None:

@@ -46,6 +46,10 @@ class Way:
         return f"{self.score}, {self.repair}" + ("" if self.ridge is None else f" {self.ridge:g}")
 
 
+AUTO = Way("auto", "auto")
+"""What ``--method auto`` takes; u says nothing then."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A model, and what an attacker does to its images; ``trigger`` is None where it is clean."""
@@ -90,10 +94,14 @@ def sanitized(model: Model, way: Way, u: float, images: LabelledImages, clean: I
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy.onnx"
         start = time.perf_counter()
-        given: dict[str, Any] = {"images": clean, "attack": model.attack, "repair": way.repair, "ridge": way.ridge}
-        if way.repair == "none" and way.score != "activity":
-            given = {}
-        onnx_clp.sanitize(model.path, copy, u, score=way.score, max_share=1, **given)
+        given: dict[str, Any] = {"images": clean, "attack": model.attack}
+        if way is AUTO:
+            given["method"] = "auto"
+        elif way.repair == "none" and way.score != "activity":
+            given = {"u": u, "score": way.score}
+        else:
+            given |= {"u": u, "score": way.score, "repair": way.repair, "ridge": way.ridge}
+        onnx_clp.sanitize(model.path, copy, max_share=1, **given)
         seconds = time.perf_counter() - start
         return (*measured(model, copy, images), seconds)
 
