@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from onnx_clp._version import __version__
-from onnx_clp.analysis import Analysis, analyse
+from onnx_clp.analysis import Analysis, analyse, judged
+from onnx_clp.correction.budget import HIGHEST_U
 from onnx_clp.defaults import ACTIVITY, DEFAULT_SCORE, DEFAULT_THRESHOLD
 from onnx_clp.errors import PayloadError, UsageError
 from onnx_clp.model.file import ModelFile, open_source
@@ -31,6 +32,7 @@ from onnx_clp.model.save import (
 )
 from onnx_clp.model.source import ByteSource
 from onnx_clp.sanitizer import Check, Left, Options, SanitizeReport, Silenced
+from onnx_clp.selection import Selection
 from onnx_clp.verify import Choice, Kernels, verify
 
 if TYPE_CHECKING:
@@ -50,16 +52,21 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
         except OSError as error:
             raise UsageError(f"cannot write {dst}: {error.strerror}") from error
         analysis, corrector = _analysis(file, src, options)
-        wanted, left = _choose(analysis, options.max_share)
-        changes, done, refused = _plan(analysis, wanted)
-        correction, check_images = None, None
+        select = partial(_select, analysis, options.max_share)
+        correction, check_images, walk = None, None, None
         kernels: Kernels = {}
-        if corrector is not None:
-            from onnx_clp.correction.rewriting import checked, planned  # as in _analysis
+        if corrector is None:
+            selection = select(options.u)
+            changes, done = selection.plan, selection.done
+        else:
+            from onnx_clp.correction.rewriting import checked  # as in _analysis
+            from onnx_clp.correction.walking import repaired
 
-            found, images, done = planned(analysis, corrector, done, changes)
+            made = repaired(corrector, options.request, options.u, select)
+            selection, found, done, walk = made.selection, made.found, made.done, made.walk
             changes, correction, kernels = found.plan, found.correction, found.kernels
-            check_images = partial(checked, analysis, found=found, source=images)
+            check_images = partial(checked, analysis, found=found, source=corrector.source)
+        analysis = selection.analysis
         silenced = tuple(Silenced(choice.part.site.node.name, choice.channels) for choice in done if choice.channels)
         report = SanitizeReport(
             source=src,
@@ -70,12 +77,13 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             input_sha256="",
             max_share=options.max_share,
             silenced=silenced,
-            left=(*left, *refused),
+            left=selection.left,
             unshared=changes.unshared,
             before=analysis.report,
             after=None,
             checks=(),
             correction=correction,
+            budget=walk,
         )
         if options.dry_run:
             return report
@@ -121,6 +129,22 @@ def _analysis(file: ModelFile, name: str, options: Options) -> tuple[Analysis, C
 
     corrector = corrector_of(analysis, options.request, _doubtful(analysis.graph))
     return corrector.judged_by_activity() if by_activity else analysis, corrector
+
+
+def _select(analysis: Analysis, max_share: float, u: float | None) -> Selection:
+    """What is silenced at ``u``; nothing for None, where the budget does not allow what the highest u flags."""
+    value = max(HIGHEST_U, analysis.report.u) if u is None else u
+    if value != analysis.report.u:
+        analysis = replace(analysis, report=replace(analysis.report, u=value, layers=judged(analysis, value)))
+    wanted, left = _choose(analysis, max_share)
+    if u is None:
+        left = [*left, *(Left(each.part.site.node.name, each.channels, _BEYOND) for each in wanted)]
+        wanted = []
+    changes, done, refused = _plan(analysis, wanted)
+    return Selection(analysis, changes, done, (*left, *refused))
+
+
+_BEYOND: Final = "silencing what is flagged does not keep the budget"
 
 
 def _check_destination(file: ModelFile, destination: Path, *, force: bool, in_place: bool) -> None:
@@ -218,10 +242,22 @@ def _note(options: Options, digest: str, report: SanitizeReport) -> dict[str, st
         corrected["corrected"] = json.dumps(names, separators=(",", ":"))
     return {
         "version": __version__,
-        "u": repr(options.u),
+        **_silencing_note(options, report),
         **({} if options.score == DEFAULT_SCORE else {"score": options.score}),
         **({} if options.threshold == DEFAULT_THRESHOLD else {"threshold": options.threshold}),
         "input_sha256": digest,
         "silenced": json.dumps({part.layer: part.channels for part in report.silenced}, separators=(",", ":")),
         **corrected,
+    }
+
+
+def _silencing_note(options: Options, report: SanitizeReport) -> dict[str, str]:
+    """The u, and the budget that it was found by."""
+    if report.budget is None:
+        return {"u": repr(options.u)}
+    taken, budget = report.budget.taken, report.budget.budget
+    said = {"min_agreement": budget.min_agreement, "max_accuracy_drop": budget.max_accuracy_drop}
+    return {
+        "u": "none" if taken is None or taken.u is None else repr(taken.u),
+        **{name: repr(float(value)) for name, value in said.items() if value is not None},
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_clp.correction.budget import LOWEST_U, Budget, Walk
 from onnx_clp.correction.request import NO_IMAGES, Correction, Given, ImageRequest
 from onnx_clp.defaults import (
     ACTIVITY,
@@ -99,6 +100,8 @@ class SanitizeReport:
         after: The scan of the output; None for a dry run.
         checks: The verifications.
         correction: What was measured on images and given back; None where no images were given.
+        budget: How far a budget allowed to go; None where there was none.
+        warnings: What the user should know of the copy.
     """
 
     source: str
@@ -115,6 +118,8 @@ class SanitizeReport:
     after: ScanReport | None
     checks: tuple[Check, ...]
     correction: Correction | None = None
+    budget: Walk | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def silenced_channels(self) -> int:
@@ -140,7 +145,7 @@ class Check:
 def sanitize(  # each option is one of the command's
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    u: float = DEFAULT_U,
+    u: float | None = None,
     *,
     score: str = DEFAULT_SCORE,
     threshold: str = DEFAULT_THRESHOLD,
@@ -169,6 +174,9 @@ def sanitize(  # each option is one of the command's
     repair: str = "statistics",
     ridge: float | None = None,
     augment: int | None = None,
+    min_agreement: float | None = None,
+    max_accuracy_drop: float | None = None,
+    hold_out: float | None = None,
 ) -> SanitizeReport:
     """Write a copy of an ONNX model in which the flagged channels are silent: their output is exactly 0.
 
@@ -184,7 +192,8 @@ def sanitize(  # each option is one of the command's
     Args:
         src: The ONNX file.
         dst: The file to write. External data is written beside it, under names made to fit that are free.
-        u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0.
+        u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0. None for 3. With a
+            budget, the lowest that is tried, and None for 1.5.
         score: As for `onnx_clp.scan`, or ``activity``: the bound over the standard deviation on ``images``.
         threshold: As for `onnx_clp.scan`.
         count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
@@ -197,8 +206,8 @@ def sanitize(  # each option is one of the command's
         allow_roots: Folders beside the model's own in which its external data may lie.
         limits: What scanning, writing and verifying may cost; what is done with ``images`` is not bounded by it.
         images: A folder of pictures, an .npy or .npz, a data set's folder (see `onnx_clp.evaluation.unlabelled`), or
-            uint8 (N, H, W, C) in memory; 50 to 500 of them. The model, of less than 2 GiB, is run on them by
-            onnxruntime in this process.
+            uint8 (N, H, W, C) or `LabelledImages` in memory; 50 to 500 of them. The model, of less than 2 GiB, is run
+            on them by onnxruntime in this process.
         attack: attack.json of the model, or its folder, of which the preprocessing is taken.
         size: As for `onnx_clp.evaluate`, and so are the next five.
         mean: Likewise.
@@ -216,6 +225,12 @@ def sanitize(  # each option is one of the command's
         ridge: λ of a refit, above 0: the share at which a weight is drawn to 0; None for 0.1.
         augment: Shifted and mirrored copies of each image that are measured too, 0 to 100; None for 3 with a refit, and
             for none without.
+        min_agreement: A budget: of the images that are held out, the per cent that the sanitized model must answer as
+            the original does, 0 to 100. u is walked down as far as that allows, see `onnx_clp.correction.budget`.
+        max_accuracy_drop: A budget: the points of accuracy that it may lose on them, 0 to 100. The images need labels:
+            what `onnx_clp.evaluate` reads. Both budgets may be given; then both must hold.
+        hold_out: The share of the images that the budget is judged on, and nothing is corrected by; between 0 and 1,
+            None for a half.
 
     Raises:
         ModelFileError: ``src`` cannot be read, is no ONNX model, or was changed or replaced while it was scanned;
@@ -224,6 +239,9 @@ def sanitize(  # each option is one of the command's
         VerificationError: The written file did not pass its verification, or ``src`` was changed or replaced after it
             was scanned; what was written was removed.
     """
+    budget = Budget(min_agreement, max_accuracy_drop, hold_out)
+    if u is None:
+        u = LOWEST_U if budget.given else DEFAULT_U
     check_u(u)
     check_score(score, (*SCORES, ACTIVITY))
     if score == ACTIVITY and images is None:
@@ -234,7 +252,7 @@ def sanitize(  # each option is one of the command's
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     roots = tuple(map(Path, allow_roots))
     shown = (images, attack, size, mean, std, layout, value_range, resize)
-    request = ImageRequest(*shown, num_images, seed, providers, batch_size, output_name, repair, ridge, augment)
+    request = ImageRequest(*shown, num_images, seed, providers, batch_size, output_name, repair, ridge, augment, budget)
     request.check()
     options = Options(
         u, count_dead, max_share, metadata, force, in_place, dry_run, shapes, roots, limits, request, score, threshold

@@ -10,6 +10,7 @@ import click
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.image_options import model_input
 from onnx_clp.cli.options import LONGEST_NUMBER, common, deliver, protect, share, terminal_style
+from onnx_clp.correction.budget import DEFAULT_HOLD_OUT, HIGHEST_U, LOWEST_U
 from onnx_clp.correction.request import DEFAULT_COPIES, DEFAULT_RIDGE, MOST_COPIES, REPAIRS
 from onnx_clp.defaults import ACTIVITY, SCORES
 from onnx_clp.limits import Limits
@@ -26,6 +27,11 @@ def input_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     return shapes
 
 
+def some_share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A share, where one is given."""
+    return None if value is None else share(context, parameter, value)
+
+
 def _is_size(text: str) -> bool:
     return text.isdecimal() and len(text) < LONGEST_NUMBER and int(text) > 0
 
@@ -33,7 +39,7 @@ def _is_size(text: str) -> bool:
 @click.command("sanitize", short_help="Write a copy of a model with its flagged channels silenced.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
-@common((*SCORES, ACTIVITY), ", or by activity: bound / standard deviation on --images")
+@common((*SCORES, ACTIVITY), ", or by activity: bound / standard deviation on --images", u=None)
 @click.option(
     "--max-share",
     callback=share,
@@ -64,13 +70,23 @@ def _is_size(text: str) -> bool:
 @click.option("--augment", type=click.IntRange(0, MOST_COPIES), metavar="N",
               help="Measure N copies of each image too, shifted by up to a tenth and every other one mirrored; "
               f"{DEFAULT_COPIES} with a refit, else 0, unless said.")  # fmt: skip
+@click.option("--min-agreement", type=float, metavar="PERCENT",
+              help="A budget: silence as much as leaves PERCENT of the images that are held out answered as before. "
+              f"u goes from {HIGHEST_U:g} down to -u, {LOWEST_U:g} unless said, and stops before the budget is "
+              "broken.")  # fmt: skip
+@click.option("--max-accuracy-drop", type=float, metavar="POINTS",
+              help="A budget: the same, as much as costs at most POINTS of accuracy on them. The images must be what "
+              "evaluate reads, with labels. Of two budgets both hold.")  # fmt: skip
+@click.option("--hold-out", callback=some_share, metavar="SHARE",
+              help="The share of the images that a budget is judged on and nothing is corrected by; "
+              f"{DEFAULT_HOLD_OUT:.0%} unless said.")  # fmt: skip
 @click.option("--attack", metavar="FILE", type=click.Path(path_type=Path),
               help="attack.json of the model, or its folder, for its preprocessing.")  # fmt: skip
 @model_input
 def command(  # one parameter an option
     source: Path,
     destination: Path | None,
-    u: float,
+    u: float | None,
     max_share: float,
     form: str,
     output: Path | None,
@@ -93,6 +109,9 @@ def command(  # one parameter an option
     repair: str,
     ridge: float | None,
     augment: int | None,
+    min_agreement: float | None,
+    max_accuracy_drop: float | None,
+    hold_out: float | None,
     score: str,
     threshold: str,
     *,
@@ -113,6 +132,8 @@ def command(  # one parameter an option
     With --images the mean and variance that later layers lose by it are measured and given back, in the same numbers of
     these layers. With --repair refit the kernels of the convolutions are fitted anew as well, so that weights that
     clean images do not use fade: also where nothing is flagged.
+
+    How much to silence is said by -u, or found by a budget: --min-agreement, or --max-accuracy-drop.
     """
     from onnx_clp.report import json, text  # as late as onnx and NumPy
     from onnx_clp.sanitizer import sanitize
@@ -153,6 +174,9 @@ def command(  # one parameter an option
         repair=repair,
         ridge=ridge,
         augment=augment,
+        min_agreement=min_agreement,
+        max_accuracy_drop=max_accuracy_drop,
+        hold_out=hold_out,
     )
     folder = Path(os.path.realpath(report.destination)).parent
     protect(output, (*report.before.data_files, *(folder / name for name in report.files)))

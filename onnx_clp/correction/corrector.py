@@ -6,16 +6,15 @@ all is done anew without it: what comes after it is measured behind what will be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
 from onnx_clp.analysis import Analysis
 from onnx_clp.correction.activity import judged_by_activity
+from onnx_clp.correction.answers import Judged, Verdict
 from onnx_clp.correction.convolutions import Convolution, convolutions
 from onnx_clp.correction.cuts import Variant
 from onnx_clp.correction.moments import Affine, Array, Floats
@@ -28,7 +27,6 @@ from onnx_clp.correction.source import ImageSource, open_variant, read_source
 from onnx_clp.correction.stream import Outputs
 from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.classifier import class_output
-from onnx_clp.evaluation.figures import Share
 from onnx_clp.evaluation.providers import version
 from onnx_clp.model.knob import Wanted, silencing
 from onnx_clp.model.patch import Plan, plan
@@ -48,6 +46,8 @@ class Planned:
         kernels: Those that are refitted as they shall be in the file, by the index of their node.
         outputs: What the written model shall make of the images; None where nothing was simulated.
         correction: What is told of it.
+        verdict: How its answers compare with those of the original; None where they cannot be, or nothing was
+            simulated.
     """
 
     plan: Plan
@@ -55,6 +55,7 @@ class Planned:
     kernels: Mapping[int, Array]
     outputs: Outputs | None
     correction: Correction
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +100,7 @@ class Corrector:
             for position, part in enumerate(analysis.measured)
             if part.site.node.op_type == "Conv"
         }
-        self._classes = _class_output(self.source, request.output_name)
+        self._judged = _judged(self.source, request)
         self._made: Simulator | None = None
 
     @property
@@ -117,6 +118,15 @@ class Corrector:
         """The analysis, its channels judged by what they do on the images. Raises as `Simulator` does."""
         return judged_by_activity(self._analysis, self.simulator.moments(), self.simulator.left)
 
+    def unchanged(self) -> Verdict | None:
+        """How the original compares with itself; None where its outputs tell no classes. Raises as `Simulator` does."""
+        outputs = self.simulator.outputs()
+        return None if self._judged is None else self._judged.verdict(outputs, outputs)
+
+    def nothing(self, plain: Plan) -> Planned:
+        """Change nothing; ``plain`` is the plan that silences no channel."""
+        return Planned(plain, {}, {}, None, self._told({}, (), None, None))
+
     def plan(self, silenced: Channels, plain: Plan) -> Planned:
         """Repair what silencing ``silenced`` shifts, of which ``plain`` is the plan.
 
@@ -126,7 +136,7 @@ class Corrector:
         """
         request = self._request
         if not silenced and not request.refits:
-            return Planned(plain, {}, {}, None, self._told({}, (), None))
+            return self.nothing(plain)
         with self._variant(silenced, plain) as variant:
             recipes, left = self._recipes()
             kept = dict(self._unfit)
@@ -138,9 +148,10 @@ class Corrector:
                 self._analysis.constants.meter.begin()
                 changes = plan(self._analysis.constants, self._analysis.graph, [item.wanted for item in items])
                 if not changes.refused:
-                    told = self._told(affines, changes.added, simulation)
+                    verdict = self._verdict(simulation)
+                    told = self._told(affines, changes.added, simulation, verdict)
                     kernels = self._kernels(silenced, affines, simulation.refits)
-                    return Planned(changes, affines, kernels, simulation.sanitized, told)
+                    return Planned(changes, affines, kernels, simulation.sanitized, told, verdict)
                 for number, reason in changes.refused.items():
                     _leave(items[number], reason, affines, left, kept)
 
@@ -220,15 +231,21 @@ class Corrector:
             with rewritten(file, edits, names, destination) as written:
                 yield open_variant(written.model, self._request.providers)
 
+    def _verdict(self, simulation: Simulation) -> Verdict | None:
+        return None if self._judged is None else self._judged.verdict(simulation.original, simulation.sanitized)
+
     def _told(
-        self, affines: Mapping[int, Affine], biases: tuple[str, ...], simulation: Simulation | None
+        self,
+        affines: Mapping[int, Affine],
+        biases: tuple[str, ...],
+        simulation: Simulation | None,
+        verdict: Verdict | None,
     ) -> Correction:
         names = [part.site.node.name for part in self._analysis.measured]
         nodes = self._analysis.graph.nodes
         left, kept, refits = (
             ({}, {}, {}) if simulation is None else (simulation.left, simulation.kept, simulation.refits)
         )
-        count = self.source.used.count
         return Correction(
             repair=self._request.repair,
             ridge=self._request.penalty,
@@ -240,7 +257,7 @@ class Corrector:
             refitted=tuple(Refitted(nodes[index].name, refits[index].change) for index in sorted(refits)),
             kept=tuple(Uncorrected(nodes[index].name, kept[index]) for index in sorted(kept)),
             biases=biases,
-            agreement=None if simulation is None or not self._classes else _agreement(simulation, self._classes, count),
+            agreement=None if verdict is None else verdict.agreement,
             warnings=self.source.warnings,
             providers=self.source.session.providers,
             onnxruntime=version(),
@@ -263,23 +280,15 @@ def _corrected(name: str, found: Affine) -> Corrected:
     return Corrected(name, len(found.changed), float(factors.min()), float(factors.max()), found.clamped)
 
 
-def _class_output(source: ImageSource, name: str | None) -> str:
-    """The output with a number for each class; empty where there is none. Raises UsageError for a name that is none."""
+def _judged(source: ImageSource, request: ImageRequest) -> Judged | None:
+    """What answers are compared on; None where no output has a number for each class.
+
+    Raises UsageError for a name that is none, and where a budget needs such an output.
+    """
     try:
-        return class_output(source.session, name).name
+        output = class_output(source.session, request.output_name).name
     except UsageError:
-        if name is not None:
+        if request.output_name is not None or request.budget.given:
             raise
-        return ""
-
-
-def _agreement(simulation: Simulation, name: str, count: int) -> Share | None:
-    """Of the first ``count`` images, which are no copies, those that both models classify alike."""
-    if name not in simulation.original or name not in simulation.sanitized:
         return None
-    before, after = (_answers(outputs[name])[:count] for outputs in (simulation.original, simulation.sanitized))
-    return Share(int(np.count_nonzero(before == after)), len(before))
-
-
-def _answers(batches: Sequence[Array]) -> Array:
-    return np.concatenate([batch.reshape(len(batch), -1).argmax(1) for batch in batches])
+    return Judged(output, source.count, source.judged, source.labels, source.classes)

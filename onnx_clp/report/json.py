@@ -14,6 +14,7 @@ from onnx_clp._version import __version__
 
 if TYPE_CHECKING:
     from onnx_clp.analysis import Channel, Layer, ScanReport
+    from onnx_clp.correction.budget import Walk
     from onnx_clp.correction.request import Correction
     from onnx_clp.evaluation.attack import Preprocessing
     from onnx_clp.evaluation.figures import AttackUsed, EvaluationReport, ImageSet, ModelFigures, Share
@@ -57,8 +58,32 @@ def render_sanitize(report: SanitizeReport) -> str:
             "before": scan_object(report.before),
             "after": None if report.after is None else scan_object(report.after),
             "correction": None if report.correction is None else correction_object(report.correction),
+            "budget": None if report.budget is None else budget_object(report.budget),
+            "warnings": list(report.warnings),
         }
     )
+
+
+def budget_object(walk: Walk) -> dict[str, Any]:
+    """How far a budget allowed to go as a JSON object."""
+    return {
+        "min_agreement": walk.budget.min_agreement,
+        "max_accuracy_drop": walk.budget.max_accuracy_drop,
+        "hold_out": walk.budget.share,
+        "lowest": walk.lowest,
+        "taken": None if walk.taken is None else walk.steps.index(walk.taken),
+        "accuracy": share_object(walk.accuracy),
+        "steps": [
+            {
+                "u": step.u,
+                "channels": step.channels,
+                "agreement": share_object(step.agreement),
+                "accuracy": share_object(step.accuracy),
+                "kept": step.kept,
+            }
+            for step in walk.steps
+        ],
+    }
 
 
 def correction_object(correction: Correction) -> dict[str, Any]:
