@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from onnx_clp.analysis import Analysis, analyse, judged
 from onnx_clp.correction.budget import HIGHEST_U
 from onnx_clp.defaults import ACTIVITY, DEFAULT_SCORE, DEFAULT_THRESHOLD
 from onnx_clp.errors import PayloadError, UsageError
+from onnx_clp.guard import guarded
 from onnx_clp.model.file import ModelFile, open_source
 from onnx_clp.model.graph import MISSING, Graph
 from onnx_clp.model.knob import silencing
@@ -31,7 +32,7 @@ from onnx_clp.model.save import (
     rewritten,
 )
 from onnx_clp.model.source import ByteSource
-from onnx_clp.sanitizer import Check, Left, Options, SanitizeReport, Silenced
+from onnx_clp.sanitizer import UNMEASURED, Check, Left, Options, SanitizeReport, Silenced
 from onnx_clp.selection import Selection
 from onnx_clp.verify import Choice, Kernels, verify
 
@@ -55,8 +56,11 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
         select = partial(_select, analysis, options.max_share)
         correction, check_images, walk = None, None, None
         kernels: Kernels = {}
+        guard: list[Check] = []
         if corrector is None:
             selection = select(options.u)
+            if options.guard:
+                selection, *guard = guarded(file, selection, partial(_only, selection), options.input_shapes)
             changes, done = selection.plan, selection.done
         else:
             from onnx_clp.correction.rewriting import checked  # as in _analysis
@@ -84,6 +88,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             checks=(),
             correction=correction,
             budget=walk,
+            warnings=(UNMEASURED,) if corrector is None and done else (),
         )
         if options.dry_run:
             return report
@@ -112,7 +117,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             files=(*(new for old, new in names.items() if not (in_place and new == old)), destination.name),
             replaced_data=tuple(old for old, new in names.items() if in_place and new != old),
             input_sha256=digest(),
-            checks=(bytes_checked, *checks),
+            checks=(bytes_checked, *checks, *guard),
             after=after,
         )
 
@@ -142,6 +147,17 @@ def _select(analysis: Analysis, max_share: float, u: float | None) -> Selection:
         wanted = []
     changes, done, refused = _plan(analysis, wanted)
     return Selection(analysis, changes, done, (*left, *refused))
+
+
+def _only(selection: Selection, flags: Collection[tuple[int, int]]) -> Selection:
+    """Of ``selection`` only ``flags``: positions in ``Analysis.measured``, and channels; what is left is not told."""
+    wanted = []
+    for position, part in enumerate(selection.analysis.measured):
+        channels = tuple(sorted(channel for other, channel in flags if other == position))
+        if channels:
+            wanted.append(Choice(part, channels))
+    changes, done, refused = _plan(selection.analysis, wanted)
+    return Selection(selection.analysis, changes, done, refused)
 
 
 _BEYOND: Final = "silencing what is flagged does not keep the budget"

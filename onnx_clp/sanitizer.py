@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from onnx_clp.correction.budget import LOWEST_U, Budget, Walk
 from onnx_clp.correction.request import NO_IMAGES, Correction, Given, ImageRequest
@@ -50,6 +50,14 @@ class Options:
     request: ImageRequest = NO_IMAGES
     score: str = DEFAULT_SCORE
     threshold: str = DEFAULT_THRESHOLD
+    guard: bool = True
+
+
+UNMEASURED: Final = (
+    "what this costs in accuracy was not measured (at u = 3 small clean networks lost 0.8 to 4.7 points, attacked ones "
+    "up to 61: docs/benchmarks.md); give clean images, --images PATH"
+)
+"""The warning of a copy that was made without images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,7 @@ class Check:
     """One verification of the written file.
 
     Attributes:
-        name: ``bytes``, ``scan``, ``checker``, ``onnxruntime-load``, ``onnxruntime-run`` or ``images``.
+        name: ``bytes``, ``scan``, ``checker``, ``onnxruntime-load``, ``onnxruntime-run``, ``images`` or ``probes``.
         passed: True; None where it could not be made. A check that fails raises VerificationError instead.
         detail: What was seen, or why the check could not be made.
     """
@@ -177,6 +185,7 @@ def sanitize(  # each option is one of the command's
     min_agreement: float | None = None,
     max_accuracy_drop: float | None = None,
     hold_out: float | None = None,
+    guard: bool = True,
 ) -> SanitizeReport:
     """Write a copy of an ONNX model in which the flagged channels are silent: their output is exactly 0.
 
@@ -231,6 +240,8 @@ def sanitize(  # each option is one of the command's
             what `onnx_clp.evaluate` reads. Both budgets may be given; then both must hold.
         hold_out: The share of the images that the budget is judged on, and nothing is corrected by; between 0 and 1,
             None for a half.
+        guard: Without images, leave channels that make the model answer made-up inputs with one class, see
+            `onnx_clp.guard`.
 
     Raises:
         ModelFileError: ``src`` cannot be read, is no ONNX model, or was changed or replaced while it was scanned;
@@ -246,6 +257,8 @@ def sanitize(  # each option is one of the command's
     check_score(score, (*SCORES, ACTIVITY))
     if score == ACTIVITY and images is None:
         raise UsageError("--score activity goes with --images", "give --images PATH, or take another score")
+    if not guard and images is not None:
+        raise UsageError("with --images there is no guard to leave out", "leave out --no-guard")
     check_threshold(threshold, count_dead=count_dead)
     if not 0 <= max_share <= 1:
         raise UsageError(f"the largest share is {max_share}", "give a share between 0 and 1")
@@ -255,7 +268,20 @@ def sanitize(  # each option is one of the command's
     request = ImageRequest(*shown, num_images, seed, providers, batch_size, output_name, repair, ridge, augment, budget)
     request.check()
     options = Options(
-        u, count_dead, max_share, metadata, force, in_place, dry_run, shapes, roots, limits, request, score, threshold
+        u,
+        count_dead,
+        max_share,
+        metadata,
+        force,
+        in_place,
+        dry_run,
+        shapes,
+        roots,
+        limits,
+        request,
+        score,
+        threshold,
+        guard,
     )
     source = ByteSource(Path(src))
     try:

@@ -50,7 +50,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # onnxruntime, images, and a model that classifies them
     ("trial",),
     ("runtime",),
-    ("evaluation.triggers", "evaluation.files"),
+    ("probes",),
+    ("evaluation.triggers", "evaluation.files", "evaluation.outputs"),
     ("evaluation.npy",),
     ("evaluation.attack",),
     ("evaluation.figures", "evaluation.preprocess", "evaluation.pictures", "evaluation.providers"),
@@ -80,7 +81,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sanitizer",),
     ("verify",),
     ("selection", "correction.rewriting"),
-    ("correction.walking",),
+    ("correction.walking", "guard"),
     ("rewrite",),
     # accuracy and attack success
     ("evaluation.evaluator", "evaluation.sweep", "evaluation.tac"),
@@ -112,7 +113,7 @@ EXCEPTIONS = {
 RANK = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 
 ONLY = {
-    "onnx": ("model.", "verify", "runtime", "evaluation.session", "correction."),
+    "onnx": ("model.", "verify", "runtime", "guard", "evaluation.session", "correction."),
     "google": ("model.",),
     "click": ("cli.",),
     "onnxruntime": ("trial",),
@@ -135,6 +136,8 @@ ONLY = {
         "paths",
         "verify",
         "trial",
+        "probes",
+        "guard",
         "evaluation.",
         "correction.",
         "preactivation.",

@@ -52,6 +52,9 @@ def _is_size(text: str) -> bool:
 @click.option("--force", is_flag=True, help="Overwrite OUT and its data files.")
 @click.option("--in-place", is_flag=True, help="Allow OUT to be IN; OUT may be left out.")
 @click.option("--no-metadata", is_flag=True, help="Leave out the note in metadata_props.")
+@click.option("--no-guard", is_flag=True,
+              help="Without --images: silence channels also where the model then answers made-up inputs with one "
+              "class.")  # fmt: skip
 @click.option("--input-shape", "shapes", callback=input_shapes, multiple=True, metavar="NAME=SHAPE",
               help="Shape of an input for the run in onnxruntime where the model leaves it open.")  # fmt: skip
 @click.option("--images", metavar="PATH", type=click.Path(path_type=Path),
@@ -123,6 +126,7 @@ def command(  # one parameter an option
     force: bool,
     in_place: bool,
     no_metadata: bool,
+    no_guard: bool,
 ) -> int:
     """Write a copy of the model IN to OUT in which the flagged channels are silent.
 
@@ -177,6 +181,7 @@ def command(  # one parameter an option
         min_agreement=min_agreement,
         max_accuracy_drop=max_accuracy_drop,
         hold_out=hold_out,
+        guard=not no_guard,
     )
     folder = Path(os.path.realpath(report.destination)).parent
     protect(output, (*report.before.data_files, *(folder / name for name in report.files)))

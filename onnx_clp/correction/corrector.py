@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from onnx_clp.analysis import Analysis
 from onnx_clp.correction.activity import judged_by_activity
@@ -30,7 +28,7 @@ from onnx_clp.evaluation.classifier import class_output
 from onnx_clp.evaluation.providers import version
 from onnx_clp.model.knob import Wanted, silencing
 from onnx_clp.model.patch import Plan, plan
-from onnx_clp.model.save import data_names, location_edits, rewritten
+from onnx_clp.model.save import temporary_copy
 
 Channels = Mapping[int, tuple[int, ...]]
 """Channels by the position of their site in ``Analysis.measured``."""
@@ -222,14 +220,8 @@ class Corrector:
         if not self.simulator.hidden(silenced):
             yield None
             return
-        file = self._analysis.file
-        with TemporaryDirectory(prefix="onnx-clp-", ignore_cleanup_errors=True) as folder:
-            destination = Path(folder) / "model.onnx"
-            edits = {location: [*group] for location, group in plain.edits.items() if group}
-            names = data_names(file, destination, edits)
-            edits.setdefault("", []).extend(location_edits(file, names))
-            with rewritten(file, edits, names, destination) as written:
-                yield open_variant(written.model, self._request.providers)
+        with temporary_copy(self._analysis.file, plain.edits) as written:
+            yield open_variant(written.model, self._request.providers)
 
     def _verdict(self, simulation: Simulation) -> Verdict | None:
         return None if self._judged is None else self._judged.verdict(simulation.original, simulation.sanitized)

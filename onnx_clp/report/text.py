@@ -213,6 +213,8 @@ def rewrite_lines(report: SanitizeReport, style: Style) -> Iterator[str]:
         yield from correction_lines(report.correction, style, held_out=report.budget is not None)
     if report.budget is not None:
         yield from budget_lines(report.budget, style)
+    for warning in report.warnings:
+        yield f"  {style('note', 'warn')}      {printable(warning, 400)}"
     for check in report.checks:
         mark = style("passed  ", "good") if check.passed else style("not made", "warn")
         yield f"  {mark}  {check.name}: {printable(check.detail, 300)}"
