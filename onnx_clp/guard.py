@@ -47,7 +47,7 @@ Select = Callable[[Collection[Flag]], Selection]
 
 MOST_TRIALS: Final = 64
 
-_DTYPES: Final = {
+_DTYPES: Final[dict[int, type[np.generic]]] = {
     TensorProto.FLOAT: np.float32,
     TensorProto.FLOAT16: np.float16,
     TensorProto.DOUBLE: np.float64,
@@ -123,8 +123,8 @@ def _judged(selection: Selection, select: Select, ask: Ask) -> tuple[Selection, 
 
     kept, refused = tolerable(flags, fine)
     left = [Left(*each) for each in _left(selection, flags, kept, refused)]
-    found = select(kept)
-    given = Selection(found.analysis, found.plan, found.done, (*selection.left, *found.left, *left))
+    rest = select(kept)
+    given = Selection(rest.analysis, rest.plan, rest.done, (*selection.left, *rest.left, *left))
     lost = f"{len(flags) - len(kept):,} of {len(flags):,} channels were left for that"
     return given, Check("probes", passed=True, detail=f"with all channels silenced, {told}; {lost}")
 

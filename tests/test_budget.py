@@ -1,4 +1,4 @@
-"""A budget: the walk against a loop that sanitizes at each u and measures the file, and what the held-out images may do."""
+"""A budget: the walk against a loop that sanitizes at each u and measures each file; what held-out images may do."""
 
 from __future__ import annotations
 
@@ -84,8 +84,9 @@ def naive(path: Path, held: Held, budget: Budget, folder: Path, **options: Any) 
     ("net", "budget", "options"),
     [
         ("residual", Budget(min_agreement=80), {"max_share": 1.0}),
-        ("plain", Budget(max_accuracy_drop=20), {"max_share": 1.0, "repair": "refit", "augment": 1}),
-        ("depthwise", Budget(60, 40), {"repair": "none", "score": "activity", "threshold": "log-std"}),
+        ("residual", Budget(max_accuracy_drop=12), {"max_share": 1.0, "repair": "refit", "augment": 1}),
+        ("residual", Budget(60, 40), {"max_share": 1.0, "repair": "none", "score": "path"}),
+        ("residual", Budget(80, 40), {"repair": "none", "score": "activity", "threshold": "log-std"}),
     ],
 )
 def test_the_walk_is_that_of_a_loop_that_writes_and_measures_each_file(
@@ -100,17 +101,19 @@ def test_the_walk_is_that_of_a_loop_that_writes_and_measures_each_file(
             expected.pop()  # these channels are a subset of those
         expected.append((step, copy))
     target = tmp_path / "walked.onnx"
-    asked = {"min_agreement": budget.min_agreement, "max_accuracy_drop": budget.max_accuracy_drop}
+    asked: dict[str, Any] = {"min_agreement": budget.min_agreement, "max_accuracy_drop": budget.max_accuracy_drop}
     report = sanitize(path, target, images=given, metadata=False, **asked, **options)
     assert report.budget is not None
     assert list(report.budget.steps) == [step for step, _ in expected]
     assert len(expected) > 2
-    assert not expected[-1][0].kept
-    step, copy = expected[-2]
+    assert expected[-1][0].kept == (options.get("score") == "activity")
+    step, copy = [each for each in expected if each[0].kept][-1]
     assert report.budget.taken == step
     assert target.read_bytes() == copy.read_bytes()
     assert report.correction is not None
-    assert report.correction.agreement == (step.agreement if step.channels or options.get("repair") == "refit" else None)
+    assert report.correction.agreement == (
+        step.agreement if step.channels or options.get("repair") == "refit" else None
+    )
     assert report.before.u == step.u
 
 
@@ -165,7 +168,9 @@ def test_where_no_step_silences_anything_the_input_is_written(tmp_path: Path) ->
     strict = next(
         report
         for seed in range(20)
-        for _, report in [walked(path, tmp_path, images=images(60, seed), u=6.5, min_agreement=100, threshold="log-mad")]
+        for _, report in [
+            walked(path, tmp_path, images=images(60, seed), u=6.5, min_agreement=100, threshold="log-mad")
+        ]
         if report.budget is not None and not report.budget.steps[-1].kept
     )
     assert strict.budget is not None
@@ -266,7 +271,8 @@ def test_the_report_fits_its_schema_and_the_note_tells_the_budget(tmp_path: Path
     document = json.loads(as_json(report))
     schema = json.loads((Path(onnx_clp.__file__).parent / "report" / "sanitize-1.schema.json").read_text())
     Draft202012Validator(schema).validate(document)
-    found, taken = document["budget"], report.budget and report.budget.taken
+    assert report.budget is not None
+    found, taken = document["budget"], report.budget.taken
     assert taken is not None
     assert found["steps"][found["taken"]]["u"] == taken.u
     assert found["hold_out"] == 0.5
