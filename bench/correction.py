@@ -92,7 +92,7 @@ def sanitized(model: Model, way: Way, u: float, images: LabelledImages, clean: I
         start = time.perf_counter()
         given: dict[str, Any] = {"images": clean, "attack": model.attack, "repair": way.repair, "ridge": way.ridge}
         if way.repair == "none" and way.score != "activity":
-            given = {}
+            given = {"guard": False}
         onnx_clp.sanitize(model.path, copy, u, score=way.score, max_share=1, **given)
         seconds = time.perf_counter() - start
         return (*measured(model, copy, images), seconds)

@@ -117,7 +117,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             files=(*(new for old, new in names.items() if not (in_place and new == old)), destination.name),
             replaced_data=tuple(old for old, new in names.items() if in_place and new != old),
             input_sha256=digest(),
-            checks=(bytes_checked, *checks, *guard),
+            checks=(*guard, bytes_checked, *checks),
             after=after,
         )
 

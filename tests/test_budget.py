@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,11 @@ def parts(all_images: LabelledImages, *, by_class: bool, share: float = 0.5) -> 
     return Held(np.delete(all_images.images, held, 0), rest)
 
 
-def naive(path: Path, held: Held, budget: Budget, folder: Path, **options: Any) -> Iterator[tuple[Step, Path]]:  # noqa: ANN401
-    """Each u in turn, a file each; every one that silences something else than the one before it."""
+def naive(path: Path, held: Held, budget: Budget, folder: Path, **options: Any) -> list[tuple[Step, Path]]:  # noqa: ANN401
+    """Each u in turn, a file each, until one breaks the budget; of those in a row that silence the same, the last."""
     before, pixels = answered(path, held.rest.images), held.rest.images
-    last = None
+    found: list[tuple[Step, Path]] = []
+    silenced: object = None
     for number, u in enumerate([99.0, *(6 - 0.25 * step for step in range(19))]):
         copy = folder / f"{number}.onnx"
         report = sanitize(path, copy, u, images=held.correcting, metadata=False, **options)
@@ -74,10 +74,13 @@ def naive(path: Path, held: Held, budget: Budget, folder: Path, **options: Any) 
         kept = budget.min_agreement is None or 100 * agreement.value >= budget.min_agreement
         kept &= budget.max_accuracy_drop is None or lost <= budget.max_accuracy_drop
         told = accuracy.against.figures.acc if budget.max_accuracy_drop is not None else None
-        yield Step(None if u > 6 else u, report.silenced_channels, agreement, told, kept), copy
-        if not kept and last != report.silenced:
-            return
-        last = report.silenced
+        if found and silenced == report.silenced:
+            found.pop()
+        found.append((Step(None if u > 6 else u, report.silenced_channels, agreement, told, kept), copy))
+        silenced = report.silenced
+        if not kept:
+            break
+    return found
 
 
 @pytest.mark.parametrize(
@@ -95,11 +98,7 @@ def test_the_walk_is_that_of_a_loop_that_writes_and_measures_each_file(
     path = saved(CORRECTED[net](), tmp_path)
     given = with_labels(path, images())
     held = parts(given, by_class=budget.max_accuracy_drop is not None)
-    expected: list[tuple[Step, Path]] = []
-    for step, copy in naive(path, held, budget, tmp_path, **options):
-        if expected and expected[-1][0].channels == step.channels:
-            expected.pop()  # these channels are a subset of those
-        expected.append((step, copy))
+    expected = naive(path, held, budget, tmp_path, **options)
     target = tmp_path / "walked.onnx"
     asked: dict[str, Any] = {"min_agreement": budget.min_agreement, "max_accuracy_drop": budget.max_accuracy_drop}
     report = sanitize(path, target, images=given, metadata=False, **asked, **options)

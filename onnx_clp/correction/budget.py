@@ -106,7 +106,8 @@ class Step:
     """Channels that were tried, and what the model answers without them.
 
     Attributes:
-        u: The lowest value at which just these are silenced; None where no channel is, at none that was tried.
+        u: The lowest value that was tried at which just these are silenced, the highest where they break the budget;
+            None where no channel is silenced, and every value that was tried silences some.
         channels: How many they are.
         agreement: Of the held-out images, those that are answered as before.
         accuracy: Of these, those that are classified rightly; None where there are no labels.
