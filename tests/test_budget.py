@@ -177,6 +177,7 @@ def test_where_no_step_silences_anything_the_input_is_written(tmp_path: Path) ->
     assert taken is not None
     assert (taken.u, taken.channels) == (None, 0)
     assert not strict.silenced
+    assert strict.before.u == 6.5
     assert {part.reason for part in strict.left} == {"silencing what is flagged does not keep the budget"}
     assert (tmp_path / "walked.onnx").read_bytes() == path.read_bytes()
     assert "no channel: u = 6.5 is beyond the budget" in as_text(strict)
@@ -243,6 +244,7 @@ def test_the_values_of_u(lowest: float, values: tuple[float, ...]) -> None:
         ({"min_agreement": 97, "hold_out": 0.0}, "held out is 0.0"),
         ({"max_accuracy_drop": 1}, "an accuracy needs labels"),
         ({"min_agreement": 97, "images": images(2)}, "holds 2 images, of which 1 would be held out"),
+        ({"min_agreement": 97, "images": images(2), "hold_out": 0.9}, "holds 2 images, of which 1 would be held out"),
         ({"min_agreement": 97, "output_name": "nothing"}, "has no output 'nothing'"),
     ],
 )

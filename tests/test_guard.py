@@ -122,6 +122,7 @@ def test_a_model_that_does_not_collapse_is_written_as_it_would_be(tmp_path: Path
         ([0] * 80, [1] * 80, False),
         ([0] * 40 + [1] * 40, [3] * 76 + [1] * 4, True),
         ([0] * 40 + [1] * 40, [3] * 75 + [1] * 5, False),
+        ([0] * 51 + [1] * 49, [3] * 95 + [1] * 5, False),
         ([0] * 79 + [1], [0] * 79 + [1], False),
         ([0] * 40 + [1] * 40, [-1] * 80, True),
     ],
@@ -181,9 +182,7 @@ def test_probes_are_finite_varied_and_always_the_same(dtype: type[np.generic]) -
 
 
 def test_probes_are_images_whatever_the_order_of_the_axes() -> None:
-    first, last = (
-        probes(shape, np.float32, channels_last=shape[1] != 3) for shape in ((1, 3, 12, 10), (1, 12, 10, 3))
-    )
+    first, last = (probes(shape, np.float32, channels_last=shape[1] != 3) for shape in ((1, 3, 12, 10), (1, 12, 10, 3)))
     assert np.array_equal(first, last.transpose(0, 1, 4, 2, 3))
 
 
