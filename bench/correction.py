@@ -98,10 +98,10 @@ def sanitized(model: Model, way: Way, u: float, images: LabelledImages, clean: I
         if way is AUTO:
             given["method"] = "auto"
         elif way.repair == "none" and way.score != "activity":
-            given = {"u": u, "score": way.score}
+            given = {"u": u, "score": way.score, "max_share": 1, "guard": False}
         else:
-            given |= {"u": u, "score": way.score, "repair": way.repair, "ridge": way.ridge}
-        onnx_clp.sanitize(model.path, copy, max_share=1, **given)
+            given |= {"u": u, "score": way.score, "repair": way.repair, "ridge": way.ridge, "max_share": 1}
+        onnx_clp.sanitize(model.path, copy, **given)
         seconds = time.perf_counter() - start
         return (*measured(model, copy, images), seconds)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from onnx_clp.auto import Has, Settings, chosen
+from onnx_clp.correction.budget import LOWEST_U
 from onnx_clp.defaults import DEFAULT_THRESHOLD
 from onnx_clp.errors import UsageError
 
@@ -28,7 +29,7 @@ DEFAULT_REPAIR: Final = "statistics"
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What the user says; None, and False for ``count_dead``, where nothing is. Meanings as in `onnx_clp.sanitize`."""
+    """What the user says; None or False where nothing is. Meanings as in `onnx_clp.sanitize`; ``budget``: one is given."""
 
     method: str = DEFAULT_METHOD
     u: float | None = None
@@ -38,6 +39,8 @@ class Said:
     repair: str | None = None
     ridge: float | None = None
     keep_bias: bool | None = None
+    max_share: float | None = None
+    budget: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Settled:
         repair: What clean images are used for.
         ridge: λ of a refit; None for its default, or where there is none.
         keep_bias: Whether silenced channels keep their bias.
+        max_share: The share of a layer's channels that may be silenced at most.
         auto: What auto chose and why, in one sentence; empty where the method was said.
         max_accuracy_drop: As of `onnx_clp.auto.Plan`.
     """
@@ -63,6 +67,7 @@ class Settled:
     repair: str
     ridge: float | None
     keep_bias: bool
+    max_share: float
     auto: str = ""
     max_accuracy_drop: float | None = None
 
@@ -86,7 +91,8 @@ def settled(said: Said, has: Has) -> Settled:
     repair = said.repair or settings.repair or DEFAULT_REPAIR
     # A penalty that auto picks is one of the repair that it picks.
     ridge = settings.ridge if said.ridge is None and repair == settings.repair else said.ridge
-    u = settings.u if said.u is None else said.u
+    u = LOWEST_U if said.budget and plan is None else settings.u
+    u = u if said.u is None else said.u
     score = said.score or settings.score
     words = [f"score {score}"] if method == CLP else []
     words += [f"u = {u:g}", *([f"repair {repair}"] if has.images else [])]
@@ -99,6 +105,7 @@ def settled(said: Said, has: Has) -> Settled:
         repair=repair,
         ridge=ridge,
         keep_bias=method != CLP if said.keep_bias is None else said.keep_bias,
+        max_share=settings.max_share if said.max_share is None else said.max_share,
         auto="" if plan is None else f"{method}, {', '.join(words)}: {plan.why}",
         max_accuracy_drop=None if plan is None else plan.max_accuracy_drop,
     )

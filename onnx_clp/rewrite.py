@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from onnx_clp._version import __version__
-from onnx_clp.analysis import Analysis, analyse
+from onnx_clp.analysis import Analysis, analyse, judged
+from onnx_clp.correction.budget import HIGHEST_U
 from onnx_clp.defaults import ACTIVITY, DEFAULT_SCORE, DEFAULT_THRESHOLD
 from onnx_clp.errors import PayloadError, UsageError
+from onnx_clp.guard import guarded
 from onnx_clp.methods import CLP
 from onnx_clp.model.file import ModelFile, open_source
 from onnx_clp.model.graph import MISSING, Graph
@@ -31,7 +33,8 @@ from onnx_clp.model.save import (
 )
 from onnx_clp.model.source import ByteSource
 from onnx_clp.rests import Rest, kept_bias, wanted_of
-from onnx_clp.sanitizer import Check, Left, Options, SanitizeReport, Silenced
+from onnx_clp.sanitizer import UNMEASURED, Check, Left, Options, SanitizeReport, Silenced
+from onnx_clp.silencing import Silencing
 from onnx_clp.verify import Choice, Kernels, verify
 
 if TYPE_CHECKING:
@@ -53,17 +56,25 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
         except OSError as error:
             raise UsageError(f"cannot write {dst}: {error.strerror}") from error
         analysis, corrector = _analysis(file, src, options)
-        selection = _selection(analysis, corrector, options)
-        wanted, left = _choose(analysis, options.max_share, selection)
-        changes, done, refused = _plan(analysis, _resting(analysis, wanted, options, selection, corrector))
-        correction, check_images = None, None
+        read = _selection(analysis, corrector, options)
+        select = partial(_select, analysis, options, read, corrector)
+        correction, check_images, walk = None, None, None
         kernels: Kernels = {}
-        if corrector is not None:
-            from onnx_clp.correction.rewriting import checked, planned  # as in _analysis
+        guard: list[Check] = []
+        if corrector is None:
+            selection = select(options.u)
+            if options.guard and options.method == CLP:
+                selection, *guard = guarded(file, selection, partial(_only, selection), options.input_shapes)
+            changes, done = selection.plan, selection.done
+        else:
+            from onnx_clp.correction.rewriting import checked  # as in _analysis
+            from onnx_clp.correction.walking import repaired
 
-            found, images, done = planned(analysis, corrector, done, changes)
+            made = repaired(corrector, options.request, options.u, select)
+            selection, found, done, walk = made.selection, made.found, made.done, made.walk
             changes, correction, kernels = found.plan, found.correction, found.kernels
-            check_images = partial(checked, analysis, found=found, source=images)
+            check_images = partial(checked, analysis, found=found, source=corrector.source)
+        analysis = selection.analysis
         silenced = tuple(_silenced(choice) for choice in done if choice.channels)
         report = SanitizeReport(
             source=src,
@@ -74,7 +85,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             input_sha256="",
             max_share=options.max_share,
             silenced=silenced,
-            left=(*left, *refused),
+            left=selection.left,
             unshared=changes.unshared,
             before=analysis.report,
             after=None,
@@ -83,7 +94,9 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             method=options.method,
             keep_bias=options.keep_bias,
             auto=options.auto,
-            selection=selection,
+            selection=selection.read,
+            budget=walk,
+            warnings=(UNMEASURED,) if corrector is None and done else (),
         )
         if options.dry_run:
             return report
@@ -112,7 +125,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
             files=(*(new for old, new in names.items() if not (in_place and new == old)), destination.name),
             replaced_data=tuple(old for old, new in names.items() if in_place and new != old),
             input_sha256=digest(),
-            checks=(bytes_checked, *checks),
+            checks=(*guard, bytes_checked, *checks),
             after=after,
         )
 
@@ -129,6 +142,43 @@ def _analysis(file: ModelFile, name: str, options: Options) -> tuple[Analysis, C
 
     corrector = corrector_of(analysis, options.request, _doubtful(analysis.graph))
     return corrector.judged_by_activity() if by_activity else analysis, corrector
+
+
+def _select(
+    analysis: Analysis, options: Options, read: Selection | None, corrector: Corrector | None, u: float | None
+) -> Silencing:
+    """What is silenced at ``u``; nothing for None, where the budget does not allow what the highest u flags.
+
+    ``read`` is what EP or BNP read; None where bounds say what stands out.
+    """
+    value = max(HIGHEST_U, analysis.report.u) if u is None else u
+    if read is not None:
+        from onnx_clp.preactivation.selecting import at  # as in _analysis
+
+        read = at(read, value)
+    elif value != analysis.report.u:
+        analysis = replace(analysis, report=replace(analysis.report, u=value, layers=judged(analysis, value)))
+    wanted, left = _choose(analysis, options.max_share, read)
+    if u is None:
+        left = [*left, *(Left(each.part.site.node.name, each.channels, _BEYOND) for each in wanted)]
+        wanted = []
+    changes, done, refused = _plan(analysis, _resting(analysis, wanted, options, read, corrector))
+    return Silencing(analysis, changes, done, (*left, *refused), read)
+
+
+def _only(whole: Silencing, flags: Collection[tuple[int, int]]) -> Silencing:
+    """Of ``whole`` only ``flags``: positions in ``Analysis.measured``, and channels; what is left is not told."""
+    rests = {id(choice.part): choice.rest for choice in whole.done}
+    wanted = []
+    for position, part in enumerate(whole.analysis.measured):
+        channels = tuple(sorted(channel for other, channel in flags if other == position))
+        if channels:
+            wanted.append(Choice(part, channels, rest=rests[id(part)]))
+    changes, done, refused = _plan(whole.analysis, wanted)
+    return Silencing(whole.analysis, changes, done, refused, whole.read)
+
+
+_BEYOND: Final = "silencing what is flagged does not keep the budget"
 
 
 def _check_destination(file: ModelFile, destination: Path, *, force: bool, in_place: bool) -> None:
@@ -279,7 +329,7 @@ def _note(options: Options, digest: str, report: SanitizeReport) -> dict[str, st
         corrected["corrected"] = json.dumps(names, separators=(",", ":"))
     return {
         "version": __version__,
-        "u": repr(options.u),
+        **_silencing_note(options, report),
         **_method_note(options, report),
         **({} if options.score == DEFAULT_SCORE else {"score": options.score}),
         **({} if options.threshold == DEFAULT_THRESHOLD else {"threshold": options.threshold}),
@@ -296,3 +346,13 @@ def _method_note(options: Options, report: SanitizeReport) -> dict[str, str]:
         found[f"{options.method}_images"] = repr(report.selection.images.count)
     rests = {part.layer: part.rests for part in report.silenced if part.rests}
     return found | ({"rests": json.dumps(rests, separators=(",", ":"))} if rests else {})
+def _silencing_note(options: Options, report: SanitizeReport) -> dict[str, str]:
+    """The u, and the budget that it was found by."""
+    if report.budget is None:
+        return {"u": repr(options.u)}
+    taken, budget = report.budget.taken, report.budget.budget
+    said = {"min_agreement": budget.min_agreement, "max_accuracy_drop": budget.max_accuracy_drop}
+    return {
+        "u": "none" if taken is None or taken.u is None else repr(taken.u),
+        **{name: repr(float(value)) for name, value in said.items() if value is not None},
+    }

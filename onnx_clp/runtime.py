@@ -28,7 +28,7 @@ from onnx_clp.model.edits import length_delimited
 from onnx_clp.model.wire import MODEL_GRAPH
 from onnx_clp.trial import first_line
 
-__all__ = ["Answer", "Observed", "Trial", "available", "examine", "first_line"]
+__all__ = ["Answer", "Observed", "Trial", "available", "classify", "examine", "first_line"]
 
 PROCESS: Final = 1 << 30
 """Bytes of address space for Python, NumPy and onnxruntime themselves; they were seen to map 0.2 to 0.5 GiB."""
@@ -138,6 +138,30 @@ def examine(
     return Trial(load, answers.get("original"), answers.get("run"))
 
 
+def classify(model: Path, inputs: Path, given: str, output: str, scratch: Path, size: int, limits: Limits) -> Answer:
+    """Run a model on made-up inputs.
+
+    Args:
+        model: The model.
+        inputs: An .npy (batches, N, …).
+        given: Name of the input.
+        output: Name of the output with a number for each class.
+        scratch: A folder for temporary files.
+        size: Bytes of ``model`` and its data files.
+        limits: Memory and seconds.
+
+    The message is ``fine``'s classes as a JSON array of integers, −1 for a NaN; else it says why there are none.
+    """
+    room = PROCESS + PER_BYTE * size + RUN_MEMORY * limits.memory
+    job = {"address_space": room, "seconds": limits.seconds, "path": _import_path((model.absolute().parent,))}
+    asked = {"model": str(model.absolute()), "inputs": str(inputs.absolute()), "given": given, "output": output}
+    try:
+        answers = _answers({**job, "classify": asked}, scratch, limits)
+    except OSError as error:
+        return Answer("failed", f"onnxruntime cannot be run: {error.strerror or error}")
+    return answers["classify"] if "classify" in answers else answers["load"]
+
+
 def _write_probe(model: Path, observed: Sequence[Observed], target: IO[bytes]) -> str:
     """Write a copy of ``model`` that gives what is to be observed too; why that cannot be, empty where it can."""
     graph = onnx.GraphProto(output=[onnx.ValueInfoProto(name=part.value) for part in observed])
@@ -226,6 +250,8 @@ def _parsed(lines: bytes) -> dict[str, Answer]:
 
 def _missing(answers: Mapping[str, Answer], job: Mapping[str, Any]) -> str:
     """The step that should have been answered and was not; empty where there is none."""
+    if "classify" in job:
+        return "" if answers else "classify"
     if "load" not in answers:
         return "load"
     after = {"fine": "run", "refused": "original"}.get(answers["load"].kind, "")

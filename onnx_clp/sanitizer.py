@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from onnx_clp.auto import Has
-from onnx_clp.correction.request import NO_IMAGES, Correction, Given, ImageRequest
+from onnx_clp.auto import LEAST_LABELLED, Has
+from onnx_clp.correction.budget import Budget, Walk
+from onnx_clp.correction.request import MOST_IMAGES, NO_IMAGES, Correction, Given, ImageRequest
 from onnx_clp.defaults import (
     ACTIVITY,
-    DEFAULT_MAX_SHARE,
     DEFAULT_SCORE,
     DEFAULT_THRESHOLD,
     SCORES,
@@ -25,7 +25,7 @@ from onnx_clp.defaults import (
 )
 from onnx_clp.errors import UsageError
 from onnx_clp.limits import DEFAULT_LIMITS, Limits
-from onnx_clp.methods import CLP, DEFAULT_METHOD, Said, settled
+from onnx_clp.methods import AUTO, CLP, DEFAULT_METHOD, Said, settled
 from onnx_clp.model.source import ByteSource, sha256_meanwhile
 
 if TYPE_CHECKING:
@@ -54,6 +54,14 @@ class Options:
     method: str = CLP
     keep_bias: bool = False
     auto: str = ""
+    guard: bool = True
+
+
+UNMEASURED: Final = (
+    "what this costs in accuracy was not measured (at u = 3 small clean networks lost 0.8 to 4.7 points, attacked ones "
+    "up to 61: docs/benchmarks.md); give clean images, --images PATH"
+)
+"""The warning of a copy that was made without images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,8 @@ class SanitizeReport:
         keep_bias: Whether silenced channels keep their bias.
         auto: What ``auto`` chose and why; empty where the method was said.
         selection: What EP or BNP read and chose; None for CLP, of which ``before`` tells it.
+        budget: How far a budget allowed to go; None where there was none.
+        warnings: What the user should know of the copy.
     """
 
     source: str
@@ -135,6 +145,8 @@ class SanitizeReport:
     keep_bias: bool = False
     auto: str = ""
     selection: Selection | None = None
+    budget: Walk | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def analysed(self) -> bool:
@@ -152,7 +164,7 @@ class Check:
     """One verification of the written file.
 
     Attributes:
-        name: ``bytes``, ``scan``, ``checker``, ``onnxruntime-load``, ``onnxruntime-run`` or ``images``.
+        name: ``bytes``, ``scan``, ``checker``, ``onnxruntime-load``, ``onnxruntime-run``, ``images`` or ``probes``.
         passed: True; None where it could not be made. A check that fails raises VerificationError instead.
         detail: What was seen, or why the check could not be made.
     """
@@ -170,7 +182,7 @@ def sanitize(  # each option is one of the command's
     score: str | None = None,
     threshold: str | None = None,
     count_dead: bool = False,
-    max_share: float = DEFAULT_MAX_SHARE,
+    max_share: float | None = None,
     metadata: bool = True,
     force: bool = False,
     in_place: bool = False,
@@ -198,6 +210,10 @@ def sanitize(  # each option is one of the command's
     suspected_images: Given = None,
     num_suspected: int | None = None,
     keep_bias: bool | None = None,
+    min_agreement: float | None = None,
+    max_accuracy_drop: float | None = None,
+    hold_out: float | None = None,
+    guard: bool = True,
 ) -> SanitizeReport:
     """Write a copy of an ONNX model in which the flagged channels are silent: their output is exactly 0, or their bias.
 
@@ -214,11 +230,13 @@ def sanitize(  # each option is one of the command's
         src: The ONNX file.
         dst: The file to write. External data is written beside it, under names made to fit that are free.
         u: A channel is flagged where its bound exceeds mean + u·std of its layer; finite, ≥ 0. 3 where None, but for
-            ``auto``, and so are the next two the defaults of `onnx_clp.scan`.
+            ``auto``, and so are the next two the defaults of `onnx_clp.scan`. With a budget it is the lowest that is
+            tried, and 1.5 where None.
         score: As for `onnx_clp.scan`, or ``activity``: the bound over the standard deviation on ``images``.
         threshold: As for `onnx_clp.scan`.
         count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
-        max_share: The share of a layer's channels that may be silenced, 0 to 1; a layer beyond it is left.
+        max_share: The share of a layer's channels that may be silenced, 0 to 1; a layer beyond it is left. None
+            for 0.1, but for ``auto``.
         metadata: Write the note: version, u, SHA-256 of the input, what was silenced.
         force: Overwrite ``dst`` and its data files (those that bear its name) where they exist.
         in_place: Allow ``dst`` to be ``src``. Data files that change are written under new names.
@@ -227,8 +245,8 @@ def sanitize(  # each option is one of the command's
         allow_roots: Folders beside the model's own in which its external data may lie.
         limits: What scanning, writing and verifying may cost; what is done with ``images`` is not bounded by it.
         images: A folder of pictures, an .npy or .npz, a data set's folder (see `onnx_clp.evaluation.unlabelled`), or
-            uint8 (N, H, W, C) in memory; 50 to 500 of them. The model, of less than 2 GiB, is run on them by
-            onnxruntime in this process.
+            uint8 (N, H, W, C) or `LabelledImages` in memory; 50 to 500 of them. The model, of less than 2 GiB, is run
+            on them by onnxruntime in this process.
         attack: attack.json of the model, or its folder, of which the preprocessing is taken.
         size: As for `onnx_clp.evaluate`, and so are the next five.
         mean: Likewise.
@@ -254,6 +272,14 @@ def sanitize(  # each option is one of the command's
         num_suspected: Take so many of them, drawn at random; None for all, 5,000 at most.
         keep_bias: Whether silenced channels keep the bias of their normalisation, and rest there; None as the method is
             published: yes for EP and BNP, no for CLP.
+        min_agreement: A budget: of the images that are held out, the per cent that the sanitized model must answer as
+            the original does, 0 to 100. u is walked down as far as that allows, see `onnx_clp.correction.budget`.
+        max_accuracy_drop: A budget: the points of accuracy that it may lose on them, 0 to 100. The images need labels:
+            what `onnx_clp.evaluate` reads. Both budgets may be given; then both must hold.
+        hold_out: The share of the images that the budget is judged on, and nothing is corrected by; between 0 and 1,
+            None for a half.
+        guard: Without images, leave channels that make the model answer made-up inputs with one class, see
+            `onnx_clp.guard`.
 
     Raises:
         ModelFileError: ``src`` cannot be read, is no ONNX model, or was changed or replaced while it was scanned;
@@ -262,26 +288,31 @@ def sanitize(  # each option is one of the command's
         VerificationError: The written file did not pass its verification, or ``src`` was changed or replaced after it
             was scanned; what was written was removed.
     """
-    said = Said(method, u, score, threshold, count_dead, repair, ridge, keep_bias)
-    # Labels are not read: an accuracy budget, `Settled.max_accuracy_drop`, needs them.
-    made = settled(said, Has(images=images is not None, labels=False, suspected=suspected_images is not None))
+    budget = Budget(min_agreement, max_accuracy_drop, hold_out)
+    said = Said(method, u, score, threshold, count_dead, repair, ridge, keep_bias, max_share, budget.given)
+    labels = method == AUTO and not budget.given and _labelled(images, num_images) >= LEAST_LABELLED
+    made = settled(said, Has(images=images is not None, labels=labels, suspected=suspected_images is not None))
+    if made.max_accuracy_drop is not None:
+        budget = replace(budget, max_accuracy_drop=made.max_accuracy_drop)
     check_u(made.u)
     check_score(made.score, (*SCORES, ACTIVITY))
     if made.score == ACTIVITY and images is None:
         raise UsageError("--score activity goes with --images", "give --images PATH, or take another score")
+    if not guard and images is not None:
+        raise UsageError("with --images there is no guard to leave out", "leave out --no-guard")
     check_threshold(made.threshold, count_dead=count_dead)
-    if not 0 <= max_share <= 1:
-        raise UsageError(f"the largest share is {max_share}", "give a share between 0 and 1")
+    if not 0 <= made.max_share <= 1:
+        raise UsageError(f"the largest share is {made.max_share}", "give a share between 0 and 1")
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     roots = tuple(map(Path, allow_roots))
     shown = (images, attack, size, mean, std, layout, value_range, resize)
     run = (num_images, seed, providers, batch_size, output_name, made.repair, made.ridge, augment)
-    request = ImageRequest(*shown, *run, suspected_images, num_suspected)
+    request = ImageRequest(*shown, *run, suspected_images, num_suspected, budget)
     request.check()
     options = Options(
         made.u,
         count_dead,
-        max_share,
+        made.max_share,
         metadata,
         force,
         in_place,
@@ -295,6 +326,7 @@ def sanitize(  # each option is one of the command's
         made.method,
         made.keep_bias,
         made.auto,
+        guard,
     )
     source = ByteSource(Path(src))
     try:
@@ -304,3 +336,12 @@ def sanitize(  # each option is one of the command's
             return rewrite(source, digest, os.fspath(src), os.fspath(dst), options)
     finally:
         source.close()
+
+
+def _labelled(images: Given, most: int | None) -> int:
+    """How many images with labels there are, ``most`` at most; 0 for folders of pictures, whose names may say less."""
+    if images is None:
+        return 0
+    from onnx_clp.evaluation.labels import label_count  # as late as onnx and NumPy
+
+    return min(label_count(images), most or MOST_IMAGES)

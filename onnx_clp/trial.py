@@ -10,6 +10,7 @@ step      what is tried                           kinds of answer
 load      load the written model                  fine, refused, memory, failed (onnxruntime itself cannot be had)
 original  where that was refused: load the input  fine, refused, memory
 run       run the written model, more outputs     fine, loud (a channel is not silent), not-run, usage, memory
+classify  alone: run a model on given inputs      fine, with the classes as JSON; refused, not-run, memory
 ========  ======================================  ==================================================================
 """
 
@@ -74,19 +75,22 @@ def main() -> None:
     def answer(step: str, kind: str, message: str = "", hint: str = "") -> None:
         print(json.dumps({"step": step, "kind": kind, "message": message, "hint": hint}), file=answers, flush=True)
 
-    def go(step: str, work: Any, *arguments: Any) -> str:  # noqa: ANN401  # whatever the step takes
+    def go(step: str, work: Any, *arguments: Any, **named: Any) -> str:  # noqa: ANN401  # whatever the step takes
         try:
-            work(*arguments)
+            found = work(*arguments, **named)
         except Stop as stop:
             answer(step, **stop.answer)
             return stop.answer["kind"]
-        answer(step, "fine")
+        answer(step, "fine", found if isinstance(found, str) else "")
         return "fine"
 
     try:
         onnxruntime = import_onnxruntime()
     except Exception as error:  # noqa: BLE001  # whatever a broken installation raises
         answer("load", "failed", f"onnxruntime cannot be imported: {first_line(error)}")
+        return
+    if "classify" in job:
+        go("classify", classify, onnxruntime, **job["classify"])
         return
     kind = go("load", load, onnxruntime, job["load"])
     if kind == "refused" and job["original"]:
@@ -174,6 +178,34 @@ def run(ort: Any, path: str, observed: Sequence[Mapping[str, Any]], shapes: Mapp
         loud = np.flatnonzero(np.any(np.abs(rows - rests) > room, 1))
         if loud.size:
             raise Stop("loud", f"channel {channels[int(loud[0])]} of {value!r} is not silent in the rewritten model")
+
+
+def classify(ort: Any, model: str, inputs: str, given: str, output: str) -> str:  # noqa: ANN401  # as above
+    """The class of each of ``inputs``, an .npy (batches, N, …) for the input ``given``, as JSON; −1 for a NaN."""
+    import numpy as np
+
+    session = load(ort, model)
+    found: list[int] = []
+    try:
+        for batch in np.load(inputs, mmap_mode="r", allow_pickle=False):
+            scores = session.run([output], {given: np.array(batch)})[0]
+            found += _classes(scores, len(batch), output)
+    except Stop:
+        raise
+    except Exception as error:
+        text = f"onnxruntime does not run it on made-up inputs: {first_line(error)}"
+        raise Stop(_kind(error, "not-run"), text) from error
+    return json.dumps(found)
+
+
+def _classes(scores: Any, count: int, output: str) -> list[int]:  # noqa: ANN401  # as in _has_channels
+    """The class of each of ``count`` inputs."""
+    import numpy as np
+
+    if getattr(scores, "ndim", 0) not in {2, 4} or len(scores) != count or scores.dtype.kind not in "fiu":
+        raise Stop("not-run", f"{output!r} has not a number for each class of each made-up input")
+    rows = scores.reshape(count, -1)
+    return [int(each) for each in np.where(np.isnan(rows).any(1), -1, rows.argmax(1))]
 
 
 def _has_channels(output: Any, axis: int, largest: int) -> bool:  # noqa: ANN401  # a sequence is a list, a map a dictionary

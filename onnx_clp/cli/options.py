@@ -50,14 +50,20 @@ def limit_numbers(_: click.Context, __: click.Parameter, values: tuple[str, ...]
     return replace(DEFAULT_LIMITS, **changed)
 
 
-def common(scores: tuple[str, ...] = SCORES, words: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The options that every command has; ``words`` say what ``scores`` has that a scan does not."""
+def common(
+    scores: tuple[str, ...] = SCORES, words: str = "", u: float | None = DEFAULT_U
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options that every command has; ``words`` say what ``scores`` has that a scan does not.
+
+    With None for ``u`` the command knows whether it was said.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(
             (
-                click.option("-u", "u", type=float, default=DEFAULT_U, show_default=True, metavar="NUMBER",
-                             help="Flag a channel above mean + NUMBER·std of its layer."),
+                click.option("-u", "u", type=float, default=u, show_default=u is not None, metavar="NUMBER",
+                             help="Flag a channel above mean + NUMBER·std of its layer"
+                             + ("." if u is not None else f"; {DEFAULT_U:g} unless said.")),
                 click.option("--score", type=click.Choice(scores), default=DEFAULT_SCORE, show_default=True,
                              metavar="NAME", help="Judge channels by their bound, or by path: bound × norm of the "
                              f"outgoing weights, which no scaling of channels moves{words}."),

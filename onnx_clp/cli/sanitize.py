@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.image_options import model_input
 from onnx_clp.cli.options import LONGEST_NUMBER, common, deliver, protect, share, terminal_style
+from onnx_clp.correction.budget import DEFAULT_HOLD_OUT, HIGHEST_U, LOWEST_U
 from onnx_clp.correction.request import DEFAULT_COPIES, DEFAULT_RIDGE, MOST_COPIES, REPAIRS
 from onnx_clp.defaults import ACTIVITY, SCORES
 from onnx_clp.limits import Limits
@@ -38,6 +39,11 @@ def said(name: str, value: Value) -> Value | None:
     return None if source in {ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP} else value
 
 
+def some_share(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A share, where one is given."""
+    return None if value is None else share(context, parameter, value)
+
+
 def _is_size(text: str) -> bool:
     return text.isdecimal() and len(text) < LONGEST_NUMBER and int(text) > 0
 
@@ -45,7 +51,7 @@ def _is_size(text: str) -> bool:
 @click.command("sanitize", short_help="Write a copy of a model with its flagged channels silenced.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
-@common((*SCORES, ACTIVITY), ", or by activity: bound / standard deviation on --images")
+@common((*SCORES, ACTIVITY), ", or by activity: bound / standard deviation on --images", u=None)
 @click.option("--method", type=click.Choice(METHODS), default=DEFAULT_METHOD, show_default=True, metavar="NAME",
               help="By what channels are chosen. clp: their bounds; ep: the entropy of their pre-activations on "
               "--suspected-images; bnp: how far these are, on --images, from the running statistics; auto: by what is "
@@ -70,6 +76,9 @@ def _is_size(text: str) -> bool:
 @click.option("--force", is_flag=True, help="Overwrite OUT and its data files.")
 @click.option("--in-place", is_flag=True, help="Allow OUT to be IN; OUT may be left out.")
 @click.option("--no-metadata", is_flag=True, help="Leave out the note in metadata_props.")
+@click.option("--no-guard", is_flag=True,
+              help="Without --images: silence channels also where the model then answers made-up inputs with one "
+              "class.")  # fmt: skip
 @click.option("--input-shape", "shapes", callback=input_shapes, multiple=True, metavar="NAME=SHAPE",
               help="Shape of an input for the run in onnxruntime where the model leaves it open.")  # fmt: skip
 @click.option("--images", metavar="PATH", type=click.Path(path_type=Path),
@@ -88,13 +97,23 @@ def _is_size(text: str) -> bool:
 @click.option("--augment", type=click.IntRange(0, MOST_COPIES), metavar="N",
               help="Measure N copies of each image too, shifted by up to a tenth and every other one mirrored; "
               f"{DEFAULT_COPIES} with a refit, else 0, unless said.")  # fmt: skip
+@click.option("--min-agreement", type=float, metavar="PERCENT",
+              help="A budget: silence as much as leaves PERCENT of the images that are held out answered as before. "
+              f"u goes from {HIGHEST_U:g} down to -u, {LOWEST_U:g} unless said, and stops before the budget is "
+              "broken.")  # fmt: skip
+@click.option("--max-accuracy-drop", type=float, metavar="POINTS",
+              help="A budget: the same, as much as costs at most POINTS of accuracy on them. The images must be what "
+              "evaluate reads, with labels. Of two budgets both hold.")  # fmt: skip
+@click.option("--hold-out", callback=some_share, metavar="SHARE",
+              help="The share of the images that a budget is judged on and nothing is corrected by; "
+              f"{DEFAULT_HOLD_OUT:.0%} unless said.")  # fmt: skip
 @click.option("--attack", metavar="FILE", type=click.Path(path_type=Path),
               help="attack.json of the model, or its folder, for its preprocessing.")  # fmt: skip
 @model_input
 def command(  # one parameter an option
     source: Path,
     destination: Path | None,
-    u: float,
+    u: float | None,
     max_share: float,
     form: str,
     output: Path | None,
@@ -117,6 +136,9 @@ def command(  # one parameter an option
     repair: str,
     ridge: float | None,
     augment: int | None,
+    min_agreement: float | None,
+    max_accuracy_drop: float | None,
+    hold_out: float | None,
     score: str,
     threshold: str,
     method: str,
@@ -132,6 +154,7 @@ def command(  # one parameter an option
     force: bool,
     in_place: bool,
     no_metadata: bool,
+    no_guard: bool,
 ) -> int:
     """Write a copy of the model IN to OUT in which the flagged channels are silent.
 
@@ -144,6 +167,7 @@ def command(  # one parameter an option
 
     With --method auto the method and -u, --score, --repair and --ridge are chosen by what is given, but for those that
     are said.
+    How much to silence is said by -u, or found by a budget: --min-agreement, or --max-accuracy-drop.
     """
     from onnx_clp.report import json, text  # as late as onnx and NumPy
     from onnx_clp.sanitizer import sanitize
@@ -160,7 +184,7 @@ def command(  # one parameter an option
         score=said("score", score),
         threshold=said("threshold", threshold),
         count_dead=count_dead,
-        max_share=max_share,
+        max_share=said("max_share", max_share),
         metadata=not no_metadata,
         force=force,
         in_place=in_place,
@@ -188,6 +212,10 @@ def command(  # one parameter an option
         suspected_images=suspected_images,
         num_suspected=num_suspected,
         keep_bias=keep_bias,
+        min_agreement=min_agreement,
+        max_accuracy_drop=max_accuracy_drop,
+        hold_out=hold_out,
+        guard=not no_guard,
     )
     folder = Path(os.path.realpath(report.destination)).parent
     protect(output, (*report.before.data_files, *(folder / name for name in report.files)))

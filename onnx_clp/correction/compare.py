@@ -57,7 +57,7 @@ def compare(model: Path, source: ImageSource, expected: Outputs, *, rough: bool)
             f"the written file gives other outputs than were simulated: they are off by {max(shares):.1%}, "
             f"{most:.1%} is rounding"
         )
-    count = len(source.images)
+    count = source.count
     return (
         f"outputs on {count:,} images are those simulated, but for rounding: {max(shares):.0e} of them"
         if shares

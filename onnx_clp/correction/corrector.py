@@ -6,16 +6,13 @@ all is done anew without it: what comes after it is measured behind what will be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import numpy as np
 
 from onnx_clp.analysis import Analysis
 from onnx_clp.correction.activity import judged_by_activity
+from onnx_clp.correction.answers import Judged, Verdict
 from onnx_clp.correction.convolutions import Convolution, convolutions
 from onnx_clp.correction.cuts import Variant
 from onnx_clp.correction.moments import Affine, Array, Floats
@@ -28,11 +25,10 @@ from onnx_clp.correction.source import ImageSource, open_variant, read_source
 from onnx_clp.correction.stream import Outputs
 from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.classifier import class_output
-from onnx_clp.evaluation.figures import Share
 from onnx_clp.evaluation.providers import version
 from onnx_clp.model.knob import Wanted
 from onnx_clp.model.patch import Plan, plan
-from onnx_clp.model.save import data_names, location_edits, rewritten
+from onnx_clp.model.save import temporary_copy
 from onnx_clp.rests import AT_ZERO, Rest, wanted_of
 
 Channels = Mapping[int, tuple[int, ...]]
@@ -52,6 +48,8 @@ class Planned:
         kernels: Those that are refitted as they shall be in the file, by the index of their node.
         outputs: What the written model shall make of the images; None where nothing was simulated.
         correction: What is told of it.
+        verdict: How its answers compare with those of the original; None where they cannot be, or nothing was
+            simulated.
     """
 
     plan: Plan
@@ -59,6 +57,7 @@ class Planned:
     kernels: Mapping[int, Array]
     outputs: Outputs | None
     correction: Correction
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +102,7 @@ class Corrector:
             for position, part in enumerate(analysis.measured)
             if part.site.node.op_type == "Conv"
         }
-        self._classes = _class_output(self.source, request.output_name)
+        self._judged = _judged(self.source, request)
         self._made: Simulator | None = None
 
     @property
@@ -121,6 +120,15 @@ class Corrector:
         """The analysis, its channels judged by what they do on the images. Raises as `Simulator` does."""
         return judged_by_activity(self._analysis, self.simulator.moments(), self.simulator.left)
 
+    def unchanged(self) -> Verdict | None:
+        """How the original compares with itself; None where its outputs tell no classes. Raises as `Simulator` does."""
+        outputs = self.simulator.outputs()
+        return None if self._judged is None else self._judged.verdict(outputs, outputs)
+
+    def nothing(self, plain: Plan) -> Planned:
+        """Change nothing; ``plain`` is the plan that silences no channel."""
+        return Planned(plain, {}, {}, None, self._told({}, (), None, None))
+
     def plan(self, silenced: Channels, plain: Plan, at: At | None = None) -> Planned:
         """Repair what silencing ``silenced``, which then rest ``at``, shifts, of which ``plain`` is the plan.
 
@@ -131,7 +139,7 @@ class Corrector:
         request, at = self._request, at or {}
         rests = {position: rest.values for position, rest in at.items() if rest.values is not None}
         if not silenced and not request.refits:
-            return Planned(plain, {}, {}, None, self._told({}, (), None))
+            return self.nothing(plain)
         with self._variant(silenced, plain) as variant:
             recipes, left = self._recipes()
             kept = dict(self._unfit)
@@ -143,9 +151,10 @@ class Corrector:
                 self._analysis.constants.meter.begin()
                 changes = plan(self._analysis.constants, self._analysis.graph, [item.wanted for item in items])
                 if not changes.refused:
-                    told = self._told(affines, changes.added, simulation)
+                    verdict = self._verdict(simulation)
+                    told = self._told(affines, changes.added, simulation, verdict)
                     kernels = self._kernels(silenced, affines, simulation.refits)
-                    return Planned(changes, affines, kernels, simulation.sanitized, told)
+                    return Planned(changes, affines, kernels, simulation.sanitized, told, verdict)
                 for number, reason in changes.refused.items():
                     _leave(items[number], reason, affines, left, kept)
 
@@ -217,24 +226,24 @@ class Corrector:
         if not self.simulator.hidden(silenced):
             yield None
             return
-        file = self._analysis.file
-        with TemporaryDirectory(prefix="onnx-clp-", ignore_cleanup_errors=True) as folder:
-            destination = Path(folder) / "model.onnx"
-            edits = {location: [*group] for location, group in plain.edits.items() if group}
-            names = data_names(file, destination, edits)
-            edits.setdefault("", []).extend(location_edits(file, names))
-            with rewritten(file, edits, names, destination) as written:
-                yield open_variant(written.model, self._request.providers)
+        with temporary_copy(self._analysis.file, plain.edits) as written:
+            yield open_variant(written.model, self._request.providers)
+
+    def _verdict(self, simulation: Simulation) -> Verdict | None:
+        return None if self._judged is None else self._judged.verdict(simulation.original, simulation.sanitized)
 
     def _told(
-        self, affines: Mapping[int, Affine], biases: tuple[str, ...], simulation: Simulation | None
+        self,
+        affines: Mapping[int, Affine],
+        biases: tuple[str, ...],
+        simulation: Simulation | None,
+        verdict: Verdict | None,
     ) -> Correction:
         names = [part.site.node.name for part in self._analysis.measured]
         nodes = self._analysis.graph.nodes
         left, kept, refits = (
             ({}, {}, {}) if simulation is None else (simulation.left, simulation.kept, simulation.refits)
         )
-        count = self.source.used.count
         return Correction(
             repair=self._request.repair,
             ridge=self._request.penalty,
@@ -246,7 +255,7 @@ class Corrector:
             refitted=tuple(Refitted(nodes[index].name, refits[index].change) for index in sorted(refits)),
             kept=tuple(Uncorrected(nodes[index].name, kept[index]) for index in sorted(kept)),
             biases=biases,
-            agreement=None if simulation is None or not self._classes else _agreement(simulation, self._classes, count),
+            agreement=None if verdict is None else verdict.agreement,
             warnings=self.source.warnings,
             providers=self.source.session.providers,
             onnxruntime=version(),
@@ -269,23 +278,15 @@ def _corrected(name: str, found: Affine) -> Corrected:
     return Corrected(name, len(found.changed), float(factors.min()), float(factors.max()), found.clamped)
 
 
-def _class_output(source: ImageSource, name: str | None) -> str:
-    """The output with a number for each class; empty where there is none. Raises UsageError for a name that is none."""
+def _judged(source: ImageSource, request: ImageRequest) -> Judged | None:
+    """What answers are compared on; None where no output has a number for each class.
+
+    Raises UsageError for a name that is none, and where a budget needs such an output.
+    """
     try:
-        return class_output(source.session, name).name
+        output = class_output(source.session, request.output_name).name
     except UsageError:
-        if name is not None:
+        if request.output_name is not None or request.budget.given:
             raise
-        return ""
-
-
-def _agreement(simulation: Simulation, name: str, count: int) -> Share | None:
-    """Of the first ``count`` images, which are no copies, those that both models classify alike."""
-    if name not in simulation.original or name not in simulation.sanitized:
         return None
-    before, after = (_answers(outputs[name])[:count] for outputs in (simulation.original, simulation.sanitized))
-    return Share(int(np.count_nonzero(before == after)), len(before))
-
-
-def _answers(batches: Sequence[Array]) -> Array:
-    return np.concatenate([batch.reshape(len(batch), -1).argmax(1) for batch in batches])
+    return Judged(output, source.count, source.judged, source.labels, source.classes)

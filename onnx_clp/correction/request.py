@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from onnx_clp.correction.budget import NO_BUDGET, Budget
 from onnx_clp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
     from onnx_clp.evaluation.attack import Attack, Preprocessing
     from onnx_clp.evaluation.figures import ImagesUsed, Share
+    from onnx_clp.evaluation.images import LabelledImages
 
-Given: TypeAlias = "str | os.PathLike[str] | npt.NDArray[np.uint8] | None"
-"""Where images lie, or themselves: uint8 (N, H, W, C) or (N, H, W)."""
+Given: TypeAlias = "str | os.PathLike[str] | npt.NDArray[np.uint8] | LabelledImages | None"
+"""Where images lie, or themselves: uint8 (N, H, W, C) or (N, H, W), or with labels."""
 
 MOST_IMAGES: Final = 500
 """Images that are taken where nobody says how many: more moved no figure."""
@@ -64,6 +66,7 @@ class ImageRequest:
     augment: int | None = None
     suspected: Given = None
     num_suspected: int | None = None
+    budget: Budget = NO_BUDGET
 
     @property
     def refits(self) -> bool:
@@ -91,6 +94,7 @@ class ImageRequest:
 
     def check(self) -> None:
         """Raise UsageError where an option is beyond its range, or is given without images."""
+        self.budget.check(images=self.images is not None)
         for field in fields(self):
             missing = self._missing(field.name)
             if missing and getattr(self, field.name) != field.default:
@@ -176,15 +180,16 @@ class Correction:
         repair: What the images were used for, one of `REPAIRS`.
         ridge: λ of the refit; None where there was none.
         augment: Shifted and mirrored copies of each image that were measured too.
-        images: Which images were measured.
+        images: Which images were measured; what a budget held out is not among them.
         preprocessing: How the model took them.
         corrected: Layers that were changed, in topological order.
         left: Layers that were not, and why.
         refitted: Convolutions with a new kernel, in topological order.
         kept: Convolutions that a refit left with their kernel, and why.
         biases: Convolutions that had no bias and got one.
-        agreement: Of the images, those that the sanitized model classifies as the original does; None where no output
-            of the model has a number for each class, or nothing was silenced or refitted.
+        agreement: Of the images, or with a budget of those that were held out, those that the sanitized model
+            classifies as the original does; None where no output of the model has a number for each class, or nothing
+            was silenced or refitted.
         warnings: What the user should know.
         providers: The execution providers that onnxruntime gave the model.
         onnxruntime: Version of onnxruntime.

@@ -35,7 +35,7 @@ def corrector_of(analysis: Analysis, request: ImageRequest, doubtful: Mapping[in
 
 def planned(
     analysis: Analysis, corrector: Corrector, done: Sequence[Choice], plain: Plan
-) -> tuple[Planned, ImageSource, tuple[Choice, ...]]:
+) -> tuple[Planned, tuple[Choice, ...]]:
     """Plan to silence ``done``, of which ``plain`` is the plan, and to correct what that shifts.
 
     Args:
@@ -44,7 +44,7 @@ def planned(
         done: What is silenced.
         plain: What that takes.
 
-    Returns the plan, the images, and all that is done to each site. Raises as ``Corrector.plan`` does.
+    Returns the plan, and all that is done to each site. Raises as ``Corrector.plan`` does.
     """
     positions = {id(part): position for position, part in enumerate(analysis.measured)}
     silenced = {positions[id(choice.part)]: choice.channels for choice in done}
@@ -59,7 +59,7 @@ def planned(
         )
         for position in sorted({*silenced, *found.affines})
     )
-    return found, corrector.source, choices
+    return found, choices
 
 
 def checked(analysis: Analysis, model: Path, found: Planned, source: ImageSource) -> Check:

@@ -93,6 +93,13 @@ class Simulator:
         except MemoryError as error:
             raise UsageError(*_TOO_MANY) from error
 
+    def outputs(self) -> Outputs:
+        """The outputs of the original model. Raises as ``run`` does."""
+        try:
+            return self._original(in_step=False).outputs()
+        except MemoryError as error:
+            raise UsageError(*_TOO_MANY) from error
+
     def run(
         self,
         choices: Channels,

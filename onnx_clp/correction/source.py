@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Final, overload
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from onnx_clp.correction.cuts import Runner, Variant
+from onnx_clp.correction.drawn import Drawn, draw, parted
 from onnx_clp.correction.moments import Array
-from onnx_clp.correction.request import ADVISED_IMAGES, LEAST_IMAGES, MOST_IMAGES, ImageRequest
+from onnx_clp.correction.request import ADVISED_IMAGES, ImageRequest
 from onnx_clp.correction.stages import Pieces
 from onnx_clp.correction.stream import Batches
 from onnx_clp.errors import ModelFileError, UsageError
-from onnx_clp.evaluation.attack import Attack, Preprocessing
-from onnx_clp.evaluation.byhand import Overrides, preprocessing_for
-from onnx_clp.evaluation.classifier import check_input, default_batch
+from onnx_clp.evaluation.attack import Preprocessing
+from onnx_clp.evaluation.classifier import default_batch
 from onnx_clp.evaluation.figures import ImagesUsed
-from onnx_clp.evaluation.pictures import Fit
-from onnx_clp.evaluation.prepared import open_attack
 from onnx_clp.evaluation.preprocess import Transform, transform
 from onnx_clp.evaluation.providers import full_names, load, onnxruntime
 from onnx_clp.evaluation.session import Session, open_session
 from onnx_clp.evaluation.triggers import Images
-from onnx_clp.evaluation.unlabelled import find_unlabelled, in_memory, read_unlabelled
 
 _LARGEST: Final = 1 << 31
 """Protobuf reads no message of 2 GiB or more."""
@@ -40,9 +37,13 @@ class ImageSource:
     Attributes:
         session: The model.
         preprocessing: How it takes the images.
-        images: The images, uint8 (N, H, W, C), and behind them their copies: as many as the batches hold.
-        used: Where they come from.
-        batches: The model's input.
+        images: Those that are measured, uint8 (N, H, W, C), without copies.
+        used: Where those come from that are measured.
+        batches: The model's input: these, their copies, and behind them those that are held out.
+        count: How many images the batches hold.
+        judged: Where those are that answers are compared on: those held out, else those measured, without copies.
+        labels: Of these, int64 (n,); None where nobody needs them.
+        classes: How many classes the labels are of; None likewise.
         warnings: What the user should know of them.
     """
 
@@ -51,31 +52,34 @@ class ImageSource:
     images: Images
     used: ImagesUsed
     batches: Batches
+    count: int
+    judged: slice
+    labels: npt.NDArray[np.int64] | None
+    classes: int | None
     warnings: tuple[str, ...]
 
 
 class InputBatches(Sequence[Array]):
-    """Images as batches of a model's input, each made when it is asked for."""
+    """Images as batches of a model's input, each made when it is asked for; no batch holds images of two ``parts``."""
 
-    def __init__(self, images: Images, to_input: Transform, size: int) -> None:
-        self._images = images
+    def __init__(self, parts: Sequence[Images], to_input: Transform, size: int) -> None:
+        self._pieces = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
         self._transform = to_input
-        self._size = size
 
     def __len__(self) -> int:
-        return (len(self._images) + self._size - 1) // self._size
+        return len(self._pieces)
 
     @overload
     def __getitem__(self, number: int) -> Array: ...
     @overload
     def __getitem__(self, number: slice) -> list[Array]: ...
     def __getitem__(self, number: int | slice) -> Array | list[Array]:
-        """Batch ``number``; the last may be smaller."""
+        """Batch ``number``; the last of a part may be smaller."""
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
         if not 0 <= number < len(self):
             raise IndexError(number)
-        part = self._images[number * self._size : (number + 1) * self._size]
+        part = self._pieces[number]
         batch = self._transform.empty(len(part))
         self._transform.fill(part, batch)
         return batch
@@ -89,27 +93,27 @@ def read_source(model: Path, request: ImageRequest) -> ImageSource:
         UsageError: The images, or what is said of them, cannot be.
     """
     session = open_session(model, request.providers)
-    images: Any = request.images
-    if isinstance(images, np.ndarray):
-        name, collection = "", in_memory(images)
-    else:
-        name = os.fspath(images)
-        collection = find_unlabelled(Path(name))
-    preprocessing = preprocessing_for(session, _given(request), _said(request), collection.channels, collection.size)
-    check_input(session, preprocessing)
-    fit = Fit(preprocessing.size, preprocessing.channels, preprocessing.resize)
-    pixels, used = read_unlabelled(name, collection, fit, request.num_images or MOST_IMAGES, request.seed)
-    to_input = transform(preprocessing, session.dtype)
-    size, whole = _sizes(session, preprocessing, request, len(pixels))
-    pixels = pixels[:whole]
-    used = ImagesUsed(used.path, used.kind, used.used, len(pixels), used.available, used.seed)
-    warnings = tuple(_warnings(session, pixels))
-    if len(pixels) < LEAST_IMAGES:
-        raise UsageError(f"{name or 'memory'} holds {len(pixels)} image", f"give {ADVISED_IMAGES} or more")
-    pixels = with_copies(pixels, request.copies, request.seed)
-    arrays = InputBatches(pixels, to_input, size)
-    probe = arrays[0] if session.fixed_batch else InputBatches(pixels, to_input, 1)[0]
-    return ImageSource(session, preprocessing, pixels, used, Batches(arrays, len(arrays), probe), warnings)
+    drawn = draw(session, request)
+    size = _size(session, drawn, request)
+    parts = parted(drawn, request.budget.share, request.seed, session.fixed_batch or 1)
+    count, held_out = len(parts.correcting), drawn.images[parts.held_out]
+    measured = with_copies(drawn.images[parts.correcting], request.copies, request.seed)
+    to_input = transform(drawn.preprocessing, session.dtype)
+    arrays = InputBatches((measured, held_out), to_input, size)
+    counted = -(-len(measured) // size)
+    probe = arrays[0] if session.fixed_batch else InputBatches([measured[:1]], to_input, 1)[0]
+    return ImageSource(
+        session=session,
+        preprocessing=drawn.preprocessing,
+        images=drawn.images[parts.correcting],
+        used=replace(drawn.used, count=count),
+        batches=Batches(arrays, counted, probe),
+        count=len(measured) + len(held_out),
+        judged=slice(len(measured), None) if len(held_out) else slice(count),
+        labels=None if drawn.labels is None else drawn.labels[parts.held_out],
+        classes=drawn.classes,
+        warnings=tuple(_warnings(session, count)),
+    )
 
 
 def with_copies(images: Images, copies: int, seed: int) -> Images:
@@ -160,36 +164,19 @@ def open_variant(path: Path, providers: Sequence[str] | None) -> Variant:
     return Variant(Pieces(onnx.ModelProto.FromString(path.read_bytes())), open_stage)
 
 
-def _given(request: ImageRequest) -> Preprocessing | None:
-    """The preprocessing of attack.json; None where there is none."""
-    attack = request.attack
-    if attack is None:
-        return None
-    return (
-        attack.preprocessing
-        if isinstance(attack, Attack)
-        else open_attack(Path(attack), request.providers).preprocessing
-    )
-
-
-def _said(request: ImageRequest) -> Overrides:
-    return Overrides(request.size, request.mean, request.std, request.layout, request.value_range, request.resize)
-
-
-def _sizes(session: Session, preprocessing: Preprocessing, request: ImageRequest, count: int) -> tuple[int, int]:
-    """How many images a batch has, and how many images fill whole batches where the model takes no others."""
+def _size(session: Session, drawn: Drawn, request: ImageRequest) -> int:
+    """How many images a batch has. Raises UsageError where there are fewer than the model takes at once."""
     fixed = session.fixed_batch
     if fixed is None:
-        return request.batch_size or default_batch(session, preprocessing), count
+        return request.batch_size or default_batch(session, drawn.preprocessing)
+    count = len(drawn.images)
     if fixed < 1 or count < fixed:
         raise UsageError(f"{session.path} takes {fixed} images at once, and there are {count}", "give more images")
-    return fixed, count // fixed * fixed
+    return fixed
 
 
-def _warnings(session: Session, images: Images) -> list[str]:
+def _warnings(session: Session, count: int) -> list[str]:
     found = [session.note] if session.note else []
-    if len(images) < ADVISED_IMAGES:
-        found.append(
-            f"only {len(images)} images: what is measured on fewer than {ADVISED_IMAGES} is not to be relied on"
-        )
+    if count < ADVISED_IMAGES:
+        found.append(f"only {count} images: what is measured on fewer than {ADVISED_IMAGES} is not to be relied on")
     return found

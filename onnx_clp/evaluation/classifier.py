@@ -14,9 +14,10 @@ from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.attack import Preprocessing, Target
 from onnx_clp.evaluation.figures import Figures, ModelFigures, Share
 from onnx_clp.evaluation.images import LabelledImages
+from onnx_clp.evaluation.outputs import Output, first_of_classes, holds_classes
 from onnx_clp.evaluation.preprocess import Transform, transform
 from onnx_clp.evaluation.running import stream
-from onnx_clp.evaluation.session import Output, Session
+from onnx_clp.evaluation.session import Session
 from onnx_clp.evaluation.triggers import Images, Trigger
 
 NOT_A_NUMBER: Final = -1
@@ -155,7 +156,7 @@ def class_output(session: Session, name: str | None = None) -> Output:
     names = ", ".join(repr(output.name) for output in session.outputs[:8])
     if name is not None:
         for output in session.outputs:
-            if output.name == name and (output.shape is None or _holds_classes(output.shape)):
+            if output.name == name and (output.shape is None or holds_classes(output.shape)):
                 return output
             if output.name == name:
                 raise UsageError(
@@ -163,19 +164,12 @@ def class_output(session: Session, name: str | None = None) -> Output:
                     "an output (images, classes) is wanted",
                 )
         raise UsageError(f"{session.path} has no output {name!r}", f"its outputs: {names}")
-    for output in session.outputs:
-        if output.shape is not None and _holds_classes(output.shape):
-            return output
-    if len(session.outputs) == 1 and session.outputs[0].shape is None:
-        return session.outputs[0]
+    found = first_of_classes(session.outputs)
+    if found is not None:
+        return found
     raise UsageError(
         f"{session.path} has no output (images, classes)", f"name one with --output-name; its outputs: {names}"
     )
-
-
-def _holds_classes(shape: Sequence[int | str | None]) -> bool:
-    """Whether it is (N, classes) or (N, classes, 1, 1)."""
-    return len(shape) == 2 or (len(shape) == 4 and tuple(shape[2:]) == (1, 1))
 
 
 def column_count(output: Output) -> int | None:

@@ -27,6 +27,10 @@ SPLITS: Final = ("test", "val")
 """Folders within a folder that hold the images to evaluate on, the preferred first."""
 
 
+IMAGE_FOLDER: Final = "image folder"
+"""The kind of a folder of pictures for each class."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledImages:
     """Images in memory.
@@ -158,7 +162,7 @@ def _read_folder(path: Path) -> Collection:
             "it must hold a folder for each class with its pictures, in 'test' or 'val' within it where there is one",
         )
     return Collection(
-        "image folder",
+        IMAGE_FOLDER,
         root,
         np.array(labels, np.int64),
         names,

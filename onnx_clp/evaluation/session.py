@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_clp.errors import ModelFileError, UsageError
+from onnx_clp.evaluation.outputs import Output
 from onnx_clp.evaluation.providers import CUDA, PROVIDERS, full_names, load, onnxruntime
 from onnx_clp.model.edits import length_delimited
 from onnx_clp.model.expand import build_graph
@@ -31,14 +32,6 @@ DTYPES: Final = {
 
 _WATCHED_LIMIT: Final = 1 << 31
 """Protobuf reads no message of 2 GiB or more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """An output of a model: its name and, where it is declared, its shape."""
-
-    name: str
-    shape: tuple[int | str | None, ...] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

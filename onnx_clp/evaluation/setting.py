@@ -58,7 +58,7 @@ def make_setting(
             f"{session.path} tells {columns} classes apart, attack.json names {len(attack.classes)}",
             "give the attack.json of this model",
         )
-    clean, preprocessing = _clean(session, images, attack, overrides, columns, limit, seed)
+    clean, preprocessing = clean_images(session, images, attack, overrides, columns, limit, seed)
     target = _target(by_hand.target, attack, len(clean.source.classes))
     triggered, used = None, None
     if target is not None:
@@ -138,7 +138,7 @@ class Setting:
         return measure(classifier, self.images, self.triggered, progress)
 
 
-def _clean(
+def clean_images(
     session: Session,
     images: Path | LabelledImages,
     attack: Attack | None,
@@ -147,7 +147,10 @@ def _clean(
     limit: int | None,
     seed: int,
 ) -> tuple[LabelledImages, Preprocessing]:
-    """The clean images, and how the model takes them."""
+    """The clean images, and how the model takes them. Arguments and errors as of `make_setting`.
+
+    ``columns`` is how many classes the model tells apart; None where it does not say.
+    """
     given = attack.preprocessing if attack else None
     classes = attack.classes if attack else columns
     if isinstance(images, LabelledImages):

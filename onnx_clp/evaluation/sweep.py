@@ -245,6 +245,7 @@ class _Sweeper:
                 count_dead=self.found.count_dead,
                 max_share=self.max_share,
                 dry_run=not flags,
+                guard=False,
             )
             measured = bool(report.silenced)
             figures = self.run(copy) if measured else self.unsanitized

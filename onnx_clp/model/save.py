@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from onnx import StringStringEntryProto
 
@@ -179,6 +180,18 @@ def rewritten(
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def temporary_copy(file: ModelFile, edits: Mapping[str, Sequence[Edit]]) -> Iterator[Rewrite]:
+    """The patched copies in a temporary folder, which is gone at the end. Raises as `rewritten`."""
+    with TemporaryDirectory(prefix="onnx-clp-", ignore_cleanup_errors=True) as folder:
+        destination = Path(folder) / "model.onnx"
+        wanted = {location: [*group] for location, group in edits.items() if group}
+        names = data_names(file, destination, wanted)
+        wanted.setdefault("", []).extend(location_edits(file, names))
+        with rewritten(file, wanted, names, destination) as written:
+            yield written
 
 
 def _copies(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_clp.analysis import Analysis
+from onnx_clp.correction.budget import NO_BUDGET
 from onnx_clp.correction.request import ImageRequest
 from onnx_clp.correction.source import ImageSource, read_source
 from onnx_clp.preactivation.choice import choose
@@ -35,13 +36,16 @@ def selected(
     """
     source = _suspected(analysis, request) if method is Method.EP else clean
     assert source is not None
-    count = source.used.count
-    images = source.images[:count]  # and none of the copies that lie behind them
     running = Running(source.preprocessing, request.providers, request.batch_size)
-    scores = (ep_scores if method is Method.EP else bnp_scores)(analysis, images, running)
+    scores = (ep_scores if method is Method.EP else bnp_scores)(analysis, source.images, running)
     note = [source.session.note] if source.session.note and clean is None else []  # else it is told with those
-    warnings = (*note, *_warnings(method, count))
+    warnings = (*note, *_warnings(method, source.used.count))
     return Selection(source.used, source.preprocessing, scores, choose(scores, u), warnings)
+
+
+def at(selection: Selection, u: float) -> Selection:
+    """``selection`` as it is at another ``u``; nothing is read again."""
+    return selection if u == selection.choice.u else replace(selection, choice=choose(selection.scores, u))
 
 
 def means(selection: Selection) -> Mapping[int, Floats]:
@@ -57,6 +61,7 @@ def _suspected(analysis: Analysis, request: ImageRequest) -> ImageSource:
         repair="none",
         ridge=None,
         augment=None,
+        budget=NO_BUDGET,
     )
     return read_source(analysis.file.path, wanted)
 

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 NAMES_SHOWN: Final = 3
 
 
-def correction_lines(correction: Correction, style: Callable[[str, str], str]) -> Iterator[str]:
-    """The lines of one correction."""
+def correction_lines(
+    correction: Correction, style: Callable[[str, str], str], *, held_out: bool = False
+) -> Iterator[str]:
+    """The lines of one correction; ``held_out`` says whether answers were compared on other images."""
     copies = f", and {correction.augment} shifted or mirrored copies of each" if correction.augment else ""
     yield f"  images    {images_words(correction.images)}{copies}"
     for warning in correction.warnings:
@@ -32,7 +34,8 @@ def correction_lines(correction: Correction, style: Callable[[str, str], str]) -
     yield from _left("not corrected", correction.left, style)
     if correction.agreement is not None:
         share = correction.agreement
-        yield f"  answers   as before on {share.count:,} of these {share.total:,} images ({100 * share.value:.1f} %)"
+        which = f"the {share.total:,} held out" if held_out else f"these {share.total:,} images"
+        yield f"  answers   as before on {share.count:,} of {which} ({100 * share.value:.1f} %)"
 
 
 def _left(what: str, parts: Sequence[Uncorrected], style: Callable[[str, str], str]) -> Iterator[str]:

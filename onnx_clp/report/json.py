@@ -15,6 +15,7 @@ from onnx_clp.report.values import images_used_object, number_value, preprocessi
 
 if TYPE_CHECKING:
     from onnx_clp.analysis import Channel, Layer, ScanReport
+    from onnx_clp.correction.budget import Walk
     from onnx_clp.correction.request import Correction
     from onnx_clp.evaluation.figures import AttackUsed, EvaluationReport, ImageSet, ModelFigures, Share
     from onnx_clp.report.outcome import Outcome
@@ -61,6 +62,8 @@ def render_sanitize(report: SanitizeReport) -> str:
             "after": None if report.after is None else scan_object(report.after),
             "correction": None if report.correction is None else correction_object(report.correction),
             "selection": None if report.selection is None else selection_object(report.selection),
+            "budget": None if report.budget is None else budget_object(report.budget),
+            "warnings": list(report.warnings),
         }
     )
 
@@ -72,6 +75,28 @@ def _silenced(part: Silenced) -> dict[str, Any]:
         "rest": part.rest,
         "rests": [number_value(rest) for rest in part.rests] or None,
         "why": part.why or None,
+    }
+
+
+def budget_object(walk: Walk) -> dict[str, Any]:
+    """How far a budget allowed to go as a JSON object."""
+    return {
+        "min_agreement": walk.budget.min_agreement,
+        "max_accuracy_drop": walk.budget.max_accuracy_drop,
+        "hold_out": walk.budget.share,
+        "lowest": walk.lowest,
+        "taken": None if walk.taken is None else walk.steps.index(walk.taken),
+        "accuracy": share_object(walk.accuracy),
+        "steps": [
+            {
+                "u": step.u,
+                "channels": step.channels,
+                "agreement": share_object(step.agreement),
+                "accuracy": share_object(step.accuracy),
+                "kept": step.kept,
+            }
+            for step in walk.steps
+        ],
     }
 
 

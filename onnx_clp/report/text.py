@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
 from onnx_clp.defaults import ACTIVITY, DEFAULT_SCORE
+from onnx_clp.report.budget_text import budget_lines
 from onnx_clp.report.correction_text import correction_lines
 from onnx_clp.report.selection_text import rest_lines, selection_lines
 from onnx_clp.report.words import RULES, cell, columns, count, listed, number, padded, printable, shortened
@@ -217,7 +218,11 @@ def rewrite_lines(report: SanitizeReport, style: Style) -> Iterator[str]:
         names = listed((printable(name, 40) for name in report.unshared), NAMES_SHOWN)
         yield f"  unshared  {count(len(report.unshared), 'tensor')} that fed something else too: {names}"
     if report.correction is not None:
-        yield from correction_lines(report.correction, style)
+        yield from correction_lines(report.correction, style, held_out=report.budget is not None)
+    if report.budget is not None:
+        yield from budget_lines(report.budget, style)
+    for warning in report.warnings:
+        yield f"  {style('note', 'warn')}      {printable(warning, 400)}"
     for check in report.checks:
         mark = style("passed  ", "good") if check.passed else style("not made", "warn")
         yield f"  {mark}  {check.name}: {printable(check.detail, 300)}"
