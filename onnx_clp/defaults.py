@@ -10,6 +10,9 @@ from onnx_clp.errors import UsageError
 DEFAULT_U: Final = 3.0
 """Standard deviations above the mean, as published."""
 
+LOWEST_U: Final = 1.5
+"""Where a budget's walk ends unless said otherwise: below, every fifteenth channel of a normal layer is flagged."""
+
 SCORES: Final = ("bound", "path")
 """What a channel is judged by: its bound, as published, or bound × outgoing norm in a form that no scaling moves."""
 

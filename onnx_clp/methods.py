@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from onnx_clp.auto import Has, Settings, chosen
-from onnx_clp.correction.budget import LOWEST_U
-from onnx_clp.defaults import DEFAULT_THRESHOLD
+from onnx_clp.defaults import DEFAULT_THRESHOLD, LOWEST_U
 from onnx_clp.errors import UsageError
 
 CLP: Final = "clp"
@@ -29,7 +28,7 @@ DEFAULT_REPAIR: Final = "statistics"
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What the user says; None or False where nothing is. Meanings as in `onnx_clp.sanitize`; ``budget``: one is given."""
+    """What the user says, as in `onnx_clp.sanitize`; None or False where nothing is. ``budget``: one is given."""
 
     method: str = DEFAULT_METHOD
     u: float | None = None

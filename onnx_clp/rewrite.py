@@ -346,6 +346,8 @@ def _method_note(options: Options, report: SanitizeReport) -> dict[str, str]:
         found[f"{options.method}_images"] = repr(report.selection.images.count)
     rests = {part.layer: part.rests for part in report.silenced if part.rests}
     return found | ({"rests": json.dumps(rests, separators=(",", ":"))} if rests else {})
+
+
 def _silencing_note(options: Options, report: SanitizeReport) -> dict[str, str]:
     """The u, and the budget that it was found by."""
     if report.budget is None:

@@ -92,7 +92,7 @@ def test_what_is_said_wins_over_what_auto_picks() -> None:
 def test_a_method_by_name_has_its_published_settings(method: str) -> None:
     has = Has(images=method != "ep", suspected=method == "ep")
     keeps = method != "clp"
-    assert settled(Said(method), has) == Settled(method, 3.0, "bound", "mean-std", "statistics", None, keeps)
+    assert settled(Said(method), has) == Settled(method, 3.0, "bound", "mean-std", "statistics", None, keeps, 0.1)
     assert settled(Said(method, keep_bias=not keeps), has).keep_bias is not keeps
 
 

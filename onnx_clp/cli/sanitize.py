@@ -12,9 +12,9 @@ from click.core import ParameterSource
 from onnx_clp.cli.exits import Exit
 from onnx_clp.cli.image_options import model_input
 from onnx_clp.cli.options import LONGEST_NUMBER, common, deliver, protect, share, terminal_style
-from onnx_clp.correction.budget import DEFAULT_HOLD_OUT, HIGHEST_U, LOWEST_U
+from onnx_clp.correction.budget import DEFAULT_HOLD_OUT, HIGHEST_U
 from onnx_clp.correction.request import DEFAULT_COPIES, DEFAULT_RIDGE, MOST_COPIES, REPAIRS
-from onnx_clp.defaults import ACTIVITY, SCORES
+from onnx_clp.defaults import ACTIVITY, LOWEST_U, SCORES
 from onnx_clp.limits import Limits
 from onnx_clp.methods import DEFAULT_METHOD, METHODS
 from onnx_clp.preactivation.selection import MOST_SUSPECTED

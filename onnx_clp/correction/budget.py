@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 HIGHEST_U: Final = 6.0
 """Where the walk begins: of 118 published models that nobody thinks backdoored, u = 5 still flags channels of 106."""
 
-LOWEST_U: Final = 1.5
-"""Where it ends unless said otherwise: below, every fifteenth channel of a normal layer is flagged."""
-
 STEP: Final = 0.25
 """Of u: the window in which a backdoor goes and the accuracy stays can be narrower than 1."""
 
