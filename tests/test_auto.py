@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import onnx_clp
-from onnx_clp.auto import ACCURACY_DROP, WITH_IMAGES, Has, Plan, Settings, chosen
+from onnx_clp import sanitize
+from onnx_clp.auto import ACCURACY_DROP, LEAST_LABELLED, WITH_IMAGES, Has, Plan, Settings, chosen
+from onnx_clp.defaults import DEFAULT_MAX_SHARE, LOWEST_U
 from onnx_clp.errors import UsageError
+from onnx_clp.evaluation.images import find_collection, labelled
+from onnx_clp.evaluation.labels import label_count
 from onnx_clp.methods import METHODS, Said, Settled, settled
+from tests.channel_nets import CLASSES
+from tests.correction_nets import CORRECTED, images, saved
 
 DOCUMENT = (Path(onnx_clp.__file__).parents[1] / "docs" / "sanitize.md").read_text(encoding="utf-8")
 PUBLISHED = Settings("bound", 3.0)
@@ -29,7 +38,7 @@ def rows() -> dict[str, tuple[str, ...]]:
 HAS = {
     "nothing": Has(),
     "clean images": Has(images=True),
-    "clean images with labels": Has(images=True, labels=True),
+    "200 clean images with labels": Has(images=True, labels=True),
     "suspected images": Has(suspected=True),
     "suspected and clean images": Has(suspected=True, images=True),
 }
@@ -120,3 +129,54 @@ def test_what_does_not_go_together_is_refused(said: Said, has: Has, words: str) 
 def test_every_method_is_documented() -> None:
     for method in METHODS:
         assert f"`{method}`" in DOCUMENT
+
+
+def written(folder: Path, *, images: int, labels: bool) -> Path:
+    """An .npz of grey images, with labels or without."""
+    arrays = {"images": np.zeros((images, 4, 4, 3), np.uint8)}
+    np.savez(folder / "some.npz", **arrays, **({"labels": np.arange(images) % 3} if labels else {}))
+    return folder / "some.npz"
+
+
+def test_labels_are_counted_where_they_lie_with_the_images(tmp_path: Path) -> None:
+    assert label_count(written(tmp_path, images=7, labels=True)) == 7
+    assert label_count(written(tmp_path, images=7, labels=False)) == 0
+    pixels = np.zeros((5, 4, 4, 3), np.uint8)
+    assert label_count(pixels) == 0
+    assert label_count(labelled(pixels, np.arange(5), list("abcde"))) == 5
+    assert label_count(tmp_path / "nowhere") == 0
+
+
+def test_the_folders_of_pictures_are_no_labels_that_nobody_has_said(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / name / "1.png")
+    assert len(find_collection(tmp_path).labels) == 2
+    assert label_count(tmp_path) == 0
+
+
+@pytest.mark.parametrize(("count", "options", "budget"), [
+    (LEAST_LABELLED, {}, (None, ACCURACY_DROP)),
+    (LEAST_LABELLED - 1, {}, None),
+    (LEAST_LABELLED, {"num_images": LEAST_LABELLED - 1}, None),
+    (LEAST_LABELLED, {"method": "clp"}, None),
+    (LEAST_LABELLED, {"min_agreement": 90.0}, (90.0, None)),
+])  # fmt: skip
+def test_enough_labels_bring_a_budget(
+    count: int, options: dict[str, Any], budget: tuple[float | None, float | None] | None, tmp_path: Path
+) -> None:
+    path = saved(CORRECTED["plain"](), tmp_path)
+    pixels = np.resize(images(), (count, *images().shape[1:]))
+    given = labelled(pixels, np.arange(count) % CLASSES, [str(number) for number in range(CLASSES)])
+    report = sanitize(path, tmp_path / "c.onnx", **{"method": "auto", "images": given, "dry_run": True} | options)
+    asked = None if report.budget is None else report.budget.budget
+    assert (None if asked is None else (asked.min_agreement, asked.max_accuracy_drop)) == budget
+    assert ("labels tell what it costs" in report.auto) is (budget == (None, ACCURACY_DROP))
+
+
+def test_with_images_the_share_of_auto_leaves_no_layer() -> None:
+    made = settled(Said("auto"), Has(images=True))
+    assert made.max_share == pytest.approx(1 / (1 + made.u**2))  # Cantelli
+    assert settled(Said("auto", max_share=0.5), Has(images=True)).max_share == 0.5
+    assert settled(Said("auto"), Has()).max_share == DEFAULT_MAX_SHARE
+    assert settled(Said(budget=True), Has(images=True)).u == LOWEST_U

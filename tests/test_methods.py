@@ -19,6 +19,7 @@ from onnx_clp import OnnxClpError, SanitizeReport, sanitize
 from onnx_clp.cli import run as run_command
 from onnx_clp.correction import recipe
 from onnx_clp.errors import UsageError, VerificationError
+from onnx_clp.preactivation.choice import choose
 from onnx_clp.report.json import render_sanitize as as_json
 from onnx_clp.report.text import render_sanitize as as_text
 from tests import naive_correction
@@ -472,3 +473,16 @@ def test_where_the_summand_is_quantised_channels_are_0_and_it_is_said(tmp_path: 
     assert report.silenced
     assert {part.rest for part in report.silenced} == {"zero"}
     assert all("a summand of it is quantised" in part.why for part in report.silenced)
+
+
+def test_a_budget_walks_over_what_ep_chooses(tmp_path: Path) -> None:
+    path = saved(CORRECTED["residual"](), tmp_path)
+    given = {"method": "ep", "suspected_images": SUSPECTED, "images": CLEAN, "max_share": 1.0}
+    target, report = sanitized(path, min_agreement=0, u=1.5, metadata=False, **given)
+    assert report.budget is not None
+    assert report.selection is not None
+    counts = [choose(report.selection.scores, step.u).chosen for step in report.budget.steps if step.u is not None]
+    assert [step.channels for step in report.budget.steps if step.u is not None] == counts
+    assert counts[-1] == report.silenced_channels > counts[0]
+    assert report.selection.choice.u == 1.5
+    assert target.exists()
