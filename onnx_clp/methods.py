@@ -38,7 +38,6 @@ class Said:
     repair: str | None = None
     ridge: float | None = None
     keep_bias: bool | None = None
-    max_share: float | None = None
     budget: bool = False
 
 
@@ -54,7 +53,6 @@ class Settled:
         repair: What clean images are used for.
         ridge: λ of a refit; None for its default, or where there is none.
         keep_bias: Whether silenced channels keep their bias.
-        max_share: The share of a layer's channels that may be silenced at most.
         auto: What auto chose and why, in one sentence; empty where the method was said.
         max_accuracy_drop: As of `onnx_clp.auto.Plan`.
     """
@@ -66,7 +64,6 @@ class Settled:
     repair: str
     ridge: float | None
     keep_bias: bool
-    max_share: float
     auto: str = ""
     max_accuracy_drop: float | None = None
 
@@ -104,7 +101,6 @@ def settled(said: Said, has: Has) -> Settled:
         repair=repair,
         ridge=ridge,
         keep_bias=method != CLP if said.keep_bias is None else said.keep_bias,
-        max_share=settings.max_share if said.max_share is None else said.max_share,
         auto="" if plan is None else f"{method}, {', '.join(words)}: {plan.why}",
         max_accuracy_drop=None if plan is None else plan.max_accuracy_drop,
     )

@@ -16,6 +16,7 @@ from onnx_clp.correction.budget import Budget, Walk
 from onnx_clp.correction.request import MOST_IMAGES, NO_IMAGES, Correction, Given, ImageRequest
 from onnx_clp.defaults import (
     ACTIVITY,
+    DEFAULT_MAX_SHARE,
     DEFAULT_SCORE,
     DEFAULT_THRESHOLD,
     SCORES,
@@ -182,7 +183,7 @@ def sanitize(  # each option is one of the command's
     score: str | None = None,
     threshold: str | None = None,
     count_dead: bool = False,
-    max_share: float | None = None,
+    max_share: float = DEFAULT_MAX_SHARE,
     metadata: bool = True,
     force: bool = False,
     in_place: bool = False,
@@ -235,8 +236,7 @@ def sanitize(  # each option is one of the command's
         score: As for `onnx_clp.scan`, or ``activity``: the bound over the standard deviation on ``images``.
         threshold: As for `onnx_clp.scan`.
         count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
-        max_share: The share of a layer's channels that may be silenced, 0 to 1; a layer beyond it is left. None
-            for 0.1, but for ``auto``.
+        max_share: The share of a layer's channels that may be silenced, 0 to 1; a layer beyond it is left.
         metadata: Write the note: version, u, SHA-256 of the input, what was silenced.
         force: Overwrite ``dst`` and its data files (those that bear its name) where they exist.
         in_place: Allow ``dst`` to be ``src``. Data files that change are written under new names.
@@ -289,7 +289,7 @@ def sanitize(  # each option is one of the command's
             was scanned; what was written was removed.
     """
     budget = Budget(min_agreement, max_accuracy_drop, hold_out)
-    said = Said(method, u, score, threshold, count_dead, repair, ridge, keep_bias, max_share, budget.given)
+    said = Said(method, u, score, threshold, count_dead, repair, ridge, keep_bias, budget.given)
     labels = method == AUTO and not budget.given and _labelled(images, num_images) >= LEAST_LABELLED
     made = settled(said, Has(images=images is not None, labels=labels, suspected=suspected_images is not None))
     if made.max_accuracy_drop is not None:
@@ -301,8 +301,8 @@ def sanitize(  # each option is one of the command's
     if not guard and images is not None:
         raise UsageError("with --images there is no guard to leave out", "leave out --no-guard")
     check_threshold(made.threshold, count_dead=count_dead)
-    if not 0 <= made.max_share <= 1:
-        raise UsageError(f"the largest share is {made.max_share}", "give a share between 0 and 1")
+    if not 0 <= max_share <= 1:
+        raise UsageError(f"the largest share is {max_share}", "give a share between 0 and 1")
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     roots = tuple(map(Path, allow_roots))
     shown = (images, attack, size, mean, std, layout, value_range, resize)
@@ -312,7 +312,7 @@ def sanitize(  # each option is one of the command's
     options = Options(
         made.u,
         count_dead,
-        made.max_share,
+        max_share,
         metadata,
         force,
         in_place,

@@ -12,7 +12,7 @@ from PIL import Image
 import onnx_clp
 from onnx_clp import sanitize
 from onnx_clp.auto import ACCURACY_DROP, LEAST_LABELLED, WITH_IMAGES, Has, Plan, Settings, chosen
-from onnx_clp.defaults import DEFAULT_MAX_SHARE, LOWEST_U
+from onnx_clp.defaults import LOWEST_U
 from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.images import find_collection, labelled
 from onnx_clp.evaluation.labels import label_count
@@ -101,7 +101,7 @@ def test_what_is_said_wins_over_what_auto_picks() -> None:
 def test_a_method_by_name_has_its_published_settings(method: str) -> None:
     has = Has(images=method != "ep", suspected=method == "ep")
     keeps = method != "clp"
-    assert settled(Said(method), has) == Settled(method, 3.0, "bound", "mean-std", "statistics", None, keeps, 0.1)
+    assert settled(Said(method), has) == Settled(method, 3.0, "bound", "mean-std", "statistics", None, keeps)
     assert settled(Said(method, keep_bias=not keeps), has).keep_bias is not keeps
 
 
@@ -174,9 +174,6 @@ def test_enough_labels_bring_a_budget(
     assert ("labels tell what it costs" in report.auto) is (budget == (None, ACCURACY_DROP))
 
 
-def test_with_images_the_share_of_auto_leaves_no_layer() -> None:
-    made = settled(Said("auto"), Has(images=True))
-    assert made.max_share == pytest.approx(1 / (1 + made.u**2))  # Cantelli
-    assert settled(Said("auto", max_share=0.5), Has(images=True)).max_share == 0.5
-    assert settled(Said("auto"), Has()).max_share == DEFAULT_MAX_SHARE
+def test_a_budget_goes_lower_than_u_would() -> None:
     assert settled(Said(budget=True), Has(images=True)).u == LOWEST_U
+    assert settled(Said("auto", budget=True), Has(images=True)).u == WITH_IMAGES.u

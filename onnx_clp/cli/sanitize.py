@@ -184,7 +184,7 @@ def command(  # one parameter an option
         score=said("score", score),
         threshold=said("threshold", threshold),
         count_dead=count_dead,
-        max_share=said("max_share", max_share),
+        max_share=max_share,
         metadata=not no_metadata,
         force=force,
         in_place=in_place,
