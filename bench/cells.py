@@ -4,8 +4,8 @@
 
 ``--runs`` holds a folder for each network, as bench/attacks.py leaves them, ``--images`` what bench/correction.py
 takes. Plain CLP is u = 3 without a limit on the share; what is repaired gets ``--count`` images, without labels, and
-the one setting that ``--method auto`` has for these. It is repaired in each of its exports: BatchNormalization kept,
-folded, and dynamo's. What is measured is kept in cells.json beside each network, and measured again with ``--again``.
+the one setting that ``--method auto`` has for these. Networks that ``--exports`` names are repaired in each of their
+exports: BatchNormalization folded, kept, and dynamo's. What is measured is kept in cells.json beside each network, and measured again with ``--again``.
 
 ``--curves`` draws ACC against ASR for each family of networks: a curve over u for plain CLP, for statistics given back
 and for a refit.
@@ -70,9 +70,9 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """By how much ACC or ASR differ between the repaired exports at most, in points."""
+        """By how much ACC or ASR differ between the repaired exports at most, in points; NaN where one was repaired."""
         pairs = np.array([(each.acc, each.asr) for each in self.repaired])
-        return float(np.nanmax(np.ptp(np.nan_to_num(pairs), axis=0)))
+        return float(np.ptp(np.nan_to_num(pairs), axis=0).max()) if len(pairs) > 1 else float("nan")
 
 
 def exports(model: Model) -> list[Model]:
@@ -83,15 +83,17 @@ def exports(model: Model) -> list[Model]:
     return [Model(model.name, path, None, None, model.attack) for path in paths]
 
 
-def row(model: Model, images: LabelledImages, clean: Images, known: Path | None) -> Row:
-    """Measure a network, or read what was measured."""
+def row(model: Model, images: LabelledImages, clean: Images, known: Path | None, *, every: bool) -> Row:
+    """Measure a network, of ``every`` export or of the folded one, or read what was measured."""
     if known is not None and known.is_file():
         found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
         repaired = tuple(Figures(**each) for each in found["repaired"])
         return Row(found["name"], Figures(**found["trained"]), Figures(**found["plain"]), repaired)
     trained = Figures(*measured(model, model.path, images))
     plain = Figures(*sanitized(model, PLAIN, 3, images, clean)[:2])
-    repaired = tuple(Figures(*sanitized(each, AUTO, 0, images, clean)[:2]) for each in exports(model))
+    repaired = tuple(
+        Figures(*sanitized(each, AUTO, 0, images, clean)[:2]) for each in exports(model)[: None if every else 1]
+    )
     made = Row(model.name, trained, plain, repaired)
     if known is not None:
         known.write_text(json.dumps(asdict(made)), encoding="utf-8")
@@ -104,7 +106,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for each in rows:
         fine = "" if each.repaired[0].meets(each.trained) else " (missed)"
-        yield f"| {each.name} | {each.trained} | {each.plain} | {each.repaired[0]}{fine} | {each.difference:.2f} |"
+        difference = "" if np.isnan(each.difference) else f"{each.difference:.2f}"
+        yield f"| {each.name} | {each.trained} | {each.plain} | {each.repaired[0]}{fine} | {difference} |"
     yield ""
     attacked = [each for each in rows if each.trained.asr >= BACKDOORED]
     clean = [each for each in rows if np.isnan(each.trained.asr)]
@@ -115,8 +118,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         plain = sum(each.plain.meets(each.trained) for each in group)
         repaired = sum(each.repaired[0].meets(each.trained) for each in group)
         yield f"{words}: plain {plain}, repaired {repaired} of {len(group)}"
-    alike = sum(each.difference <= MOST_DIFFERENCE for each in rows)
-    yield f"exports alike within {MOST_DIFFERENCE:g} points: {alike} of {len(rows)}"
+    several = [each.difference for each in rows if not np.isnan(each.difference)]
+    alike = sum(difference <= MOST_DIFFERENCE for difference in several)
+    yield f"exports alike within {MOST_DIFFERENCE:g} points: {alike} of {len(several)}"
 
 
 def draw(models: Sequence[Model], images: LabelledImages, clean: Images, folder: Path) -> None:
@@ -153,6 +157,11 @@ def curves(axis: Any, model: Model, images: LabelledImages, clean: Images) -> No
     axis.set(title=model.name.split("-")[0], xlabel="ASR, %", xlim=(-2, 102), ylim=(50, 95))
 
 
+def _place(row: Row) -> tuple[str, str]:
+    attack, _, family = row.name.partition("-")
+    return family, attack
+
+
 def _family(model: Model) -> str:
     _attack, family, *_ = model.name.split("-")
     return family
@@ -165,6 +174,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder of folders with attack.json")
     parser.add_argument("--zoo", type=Path, help="folder with zoo.json")
     parser.add_argument("--only", default="", help="networks with this in their name")
+    parser.add_argument("--exports", default="badnets", help="repair every export of networks with this in their name")
     parser.add_argument("--count", type=int, default=50, help="images of the repair (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of their choice (%(default)s)")
     parser.add_argument("--limit", type=int, default=3000, help="test images (%(default)s)")
@@ -188,9 +198,9 @@ def main() -> None:
         known = None if model.attack is None else model.path.parent / "cells.json"
         if options.again and known is not None:
             known.unlink(missing_ok=True)
-        rows.append(row(model, images, clean, known))
+        rows.append(row(model, images, clean, known, every=options.exports in model.name))
         print(f"{rows[-1].name}: {rows[-1].trained}, {rows[-1].plain}, {rows[-1].repaired[0]}", flush=True)
-    print("", *table(rows), sep="\n")
+    print("", *table(sorted(rows, key=_place)), sep="\n")
 
 
 if __name__ == "__main__":
