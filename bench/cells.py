@@ -5,7 +5,8 @@
 ``--runs`` holds a folder for each network, as bench/attacks.py leaves them, ``--images`` what bench/correction.py
 takes. Plain CLP is u = 3 without a limit on the share; what is repaired gets ``--count`` images, without labels, and
 the one setting that ``--method auto`` has for these. Networks that ``--exports`` names are repaired in each of their
-exports: BatchNormalization folded, kept, and dynamo's. What is measured is kept in cells.json beside each network, and measured again with ``--again``.
+exports: BatchNormalization folded, kept, and dynamo's. What is measured is kept in cells.json beside each
+network, and measured again with ``--again``.
 
 ``--curves`` draws ACC against ASR for each family of networks: a curve over u for plain CLP, for statistics given back
 and for a refit.
