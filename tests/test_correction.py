@@ -38,6 +38,8 @@ from tests.correction_nets import (
     saved,
 )
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 Array = NDArray[Any]
 
 FINE = 1e-3
@@ -353,9 +355,11 @@ def test_the_exports_of_one_network_are_corrected_to_the_same_function(tmp_path:
     pytest.importorskip("torch")
     pytest.importorskip("torchvision")
     pytest.importorskip("onnxscript")
-    from tests.exported import export, network
+    from exporters.models import build
+    from tests.exported import export, randomise
 
-    net, clean, size = network("resnet18"), large_images(30), 64
+    size = 32
+    net, clean = randomise(build("resnet18", classes=10, channels=3, size=size, width=16)), large_images(12)
     outputs, silenced = [], []
     for name, options in (
         ("kept", {"fold": False}),
@@ -381,7 +385,7 @@ hardly vary magnify it, layer by layer."""
 
 
 def large_images(count: int, seed: int = 0) -> NDArray[np.uint8]:
-    return images(count, seed).repeat(8, 1).repeat(8, 2)
+    return images(count, seed).repeat(4, 1).repeat(4, 2)
 
 
 def run_file(path: Path, batches: list[Array]) -> Array:

@@ -23,6 +23,8 @@ from onnx.backend.test.case.test_case import TestCase
 import onnx_clp
 from tests.rewritten import assert_differs_as_planned
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 FILES = sorted(DATA.rglob("*.onnx"))
 CHUNKS = 8

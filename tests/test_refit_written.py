@@ -37,6 +37,8 @@ from tests.correction_nets import (
 )
 from tests.test_correction import FINE, HALF, assert_given_back, folded
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 Array = NDArray[Any]
 
 
