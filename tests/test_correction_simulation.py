@@ -106,7 +106,7 @@ class Made(Sequence[Array]):
     """Batches that are made when they are asked for, and how often they were."""
 
     def __init__(self, arrays: Sequence[Array]) -> None:
-        self.count = 0
+        self.asked = 0
         self._arrays = arrays
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class Made(Sequence[Array]):
     @overload
     def __getitem__(self, number: slice) -> Sequence[Array]: ...
     def __getitem__(self, number: int | slice) -> Array | Sequence[Array]:
-        self.count += 1
+        self.asked += 1
         return self._arrays[number]
 
 
@@ -129,7 +129,7 @@ def test_the_input_is_made_for_the_stages_that_read_it_and_no_others(tmp_path: P
     runner = simulator(analysis, model, Batches(given, plain.counted, plain.probe))
     runner.run(flagged(analysis))
     assert len(analysis.measured) == 7
-    assert given.count == 2 * len(given)  # by the first stage, in both streams
+    assert given.asked == 2 * len(given)  # by the first stage, in both streams
 
 
 @pytest.mark.parametrize("net", NETS)
