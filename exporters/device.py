@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from onnx_clp.errors import UsageError
 
@@ -38,14 +39,20 @@ def make_repeatable(seed: int) -> None:
     torch.use_deterministic_algorithms(mode=True, warn_only=torch.cuda.is_available())
 
 
-def autocast(device: torch.device) -> Any:
-    """bfloat16 where the processor multiplies matrices of it: GPUs, and CPUs with AMX.
+def autocast(device: torch.device, network: nn.Module) -> Any:
+    """bfloat16 where it makes ``network`` faster: on GPUs, and on CPUs with AMX unless it has depthwise convolutions.
 
     AVX-512's dot products of bfloat16 are not enough: with them alone a step takes longer than in float32. GPUs before
-    Ampere only emulate it.
+    Ampere only emulate it. AMX multiplies matrices, and a depthwise convolution is none: on two cores a step of 128
+    images of mobilenet_v2 of width 8 takes 280 ms in bfloat16, 177 ms in float32.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.cpu._is_amx_tile_supported()
+        fast = torch.cpu._is_amx_tile_supported() and not has_depthwise(network)
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+
+
+def has_depthwise(network: nn.Module) -> bool:
+    """Whether ``network`` has a convolution that sees each of several channels for itself."""
+    return any(isinstance(part, nn.Conv2d) and part.groups == part.in_channels > 1 for part in network.modules())

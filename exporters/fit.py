@@ -1,4 +1,4 @@
-"""Training: the whole set in memory, bfloat16 where the processor has it, one cycle of the learning rate."""
+"""Training: the whole set in memory, bfloat16 where that is faster, one cycle of the learning rate."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _step(
     network: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> tuple[float, int]:
     """One step down the gradient; the loss and how many images were classified as labelled."""
-    with autocast(device):
+    with autocast(device, network):
         logits = network(batch.images.contiguous(memory_format=torch.channels_last))
     logits = logits.float()
     loss = functional.cross_entropy(logits, batch.labels)

@@ -20,7 +20,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 DEFAULT_BATCH: Final = 1
@@ -75,9 +75,15 @@ def main() -> None:
     def answer(step: str, kind: str, message: str = "", hint: str = "") -> None:
         print(json.dumps({"step": step, "kind": kind, "message": message, "hint": hint}), file=answers, flush=True)
 
-    def go(step: str, work: Any, *arguments: Any, **named: Any) -> str:  # noqa: ANN401  # whatever the step takes
+    work(job, answer)
+
+
+def work(job: Mapping[str, Any], answer: Callable[..., None]) -> None:
+    """Do ``job`` in this process; ``answer`` is told the step, the kind, and where it is not fine message and hint."""
+
+    def go(step: str, attempt: Callable[..., Any], *arguments: Any, **named: Any) -> str:  # noqa: ANN401  # whatever the step takes
         try:
-            found = work(*arguments, **named)
+            found = attempt(*arguments, **named)
         except Stop as stop:
             answer(step, **stop.answer)
             return stop.answer["kind"]

@@ -221,7 +221,11 @@ def quantised(model: onnx.ModelProto, *, per_channel: bool = True) -> onnx.Model
     return made
 
 
-def images(count: int = 60, seed: int = 0) -> NDArray[np.uint8]:
+IMAGES = 24
+"""With 64 positions each, enough for the statistics of a channel and the 144 inputs of a kernel."""
+
+
+def images(count: int = IMAGES, seed: int = 0) -> NDArray[np.uint8]:
     """Smooth random images: not every position of a channel sees the same distribution."""
     random = np.random.default_rng(seed)
     coarse = random.uniform(0, 255, (count, SIZE // 2, SIZE // 2, 3))

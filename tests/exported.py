@@ -65,6 +65,22 @@ def network(name: str, seed: int = 0) -> torch.nn.Module:
     return randomise(net, seed)
 
 
+def short_resnet() -> torch.nn.Module:
+    """A ResNet of four blocks: 12 convolutions, each with its BN right behind it."""
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+def short_densenet() -> torch.nn.Module:
+    """A DenseNet of two blocks of three layers: 7 BNs right behind a convolution, 8 behind a concatenation."""
+    return torchvision.models.DenseNet(growth_rate=16, block_config=(3, 3), num_init_features=32, num_classes=10)
+
+
+def short_mobilenet() -> torch.nn.Module:
+    """A MobileNetV2 of four blocks, a quarter as wide: 13 convolutions, four of them depthwise."""
+    settings = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 320, 2, 1]]
+    return torchvision.models.MobileNetV2(10, width_mult=0.25, inverted_residual_setting=settings)
+
+
 def convolution_behind(net: torch.nn.Module) -> dict[str, str]:
     """BN → Conv2d, by module name, for every BN that ``net`` calls right on the output of a Conv2d.
 

@@ -23,7 +23,7 @@ every_case = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the test itself runs what was written, sanitize need not: that takes a process each time."""
+    """Where the test itself runs what was written, sanitize need not."""
     monkeypatch.setattr(runtime, "available", lambda: False)
 
 
@@ -77,6 +77,7 @@ def test_sanitize_silences_the_outliers_and_changes_nothing_else(name: str, tmp_
     assert {entry.name for entry in tmp_path.iterdir()} >= {"sanitized.onnx", source.name}
 
 
+@pytest.mark.usefixtures("in_this_process")
 @every_case
 def test_sanitize_makes_every_check_that_can_be_made(name: str, tmp_path: Path) -> None:
     case = build(name)

@@ -26,6 +26,7 @@ from onnx_clp.report.text import render_sanitize as as_text
 from tests import naive_correction
 from tests.correction_nets import (
     CORRECTED,
+    IMAGES,
     as_constants,
     branching,
     called,
@@ -37,6 +38,8 @@ from tests.correction_nets import (
     quantised,
     saved,
 )
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 Array = NDArray[Any]
 
@@ -142,7 +145,7 @@ def test_the_same_of_models_that_take_a_fixed_number_of_images(net: str, size: i
     path = saved(of_batch(CORRECTED[net](), size), tmp_path)
     target, report = corrected(path, tmp_path)
     assert report.correction is not None
-    count = 60 // size * size
+    count = IMAGES // size * size
     assert report.correction.images.count == count
     assert assert_given_back(path, target, report, feeds(images()[:count], size=size)) >= 15
 
@@ -353,9 +356,11 @@ def test_the_exports_of_one_network_are_corrected_to_the_same_function(tmp_path:
     pytest.importorskip("torch")
     pytest.importorskip("torchvision")
     pytest.importorskip("onnxscript")
-    from tests.exported import export, network
+    from exporters.models import build
+    from tests.exported import export, randomise
 
-    net, clean, size = network("resnet18"), large_images(30), 64
+    size = 32
+    net, clean = randomise(build("resnet18", classes=10, channels=3, size=size, width=16)), large_images(12)
     outputs, silenced = [], []
     for name, options in (
         ("kept", {"fold": False}),
@@ -381,7 +386,7 @@ hardly vary magnify it, layer by layer."""
 
 
 def large_images(count: int, seed: int = 0) -> NDArray[np.uint8]:
-    return images(count, seed).repeat(8, 1).repeat(8, 2)
+    return images(count, seed).repeat(4, 1).repeat(4, 2)
 
 
 def run_file(path: Path, batches: list[Array]) -> Array:
@@ -458,7 +463,7 @@ def test_the_note_says_on_how_many_images(tmp_path: Path) -> None:
     path = saved(CORRECTED["residual"](), tmp_path)
     target, report = corrected(path, tmp_path)
     note = {entry.key: entry.value for entry in onnx.load(target).metadata_props}
-    assert note["onnx_clp.images"] == "60"
+    assert note["onnx_clp.images"] == str(IMAGES)
     assert report.correction is not None
     assert json.loads(note["onnx_clp.corrected"]) == [part.layer for part in report.correction.corrected]
 
@@ -512,7 +517,7 @@ def test_the_command_takes_the_preprocessing_and_a_part_of_the_images(
 ) -> None:
     path = saved(CORRECTED["residual"](), tmp_path)
     np.save(tmp_path / "clean.npy", images())
-    said = ["--mean", "0.5", "--std", "0.2,0.3,0.4", "--range", "0,1", "--num-images", "40", "--seed", "3", "-q"]
+    said = ["--mean", "0.5", "--std", "0.2,0.3,0.4", "--range", "0,1", "--num-images", "16", "--seed", "3", "-q"]
     arguments = ["sanitize", str(path), str(tmp_path / "out.onnx"), "--images", str(tmp_path / "clean.npy"), *said]
     assert (
         run_command([*arguments, "--max-share", "100%", "-o", str(tmp_path / "report.json"), "--format", "json"]) == 0
@@ -520,13 +525,13 @@ def test_the_command_takes_the_preprocessing_and_a_part_of_the_images(
     assert capsys.readouterr().out == ""
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["correction"]["images"] | {"path": "", "used": ""} == {
-        "path": "", "kind": "arrays", "used": "", "count": 40, "available": 60, "seed": 3,
+        "path": "", "kind": "arrays", "used": "", "count": 16, "available": IMAGES, "seed": 3,
     }  # fmt: skip
     assert document["correction"]["preprocessing"]["std"] == [0.2, 0.3, 0.4]
-    drawn = np.sort(np.random.default_rng(3).permutation(60)[:40])
+    drawn = np.sort(np.random.default_rng(3).permutation(IMAGES)[:16])
     x = (feeds(images()[drawn])[0] - 0.5) / np.array([0.2, 0.3, 0.4], np.float32)[:, None, None]
     report = sanitize(
-        path, tmp_path / "same.onnx", max_share=1.0, images=images(), num_images=40, seed=3, mean=(0.5,),
+        path, tmp_path / "same.onnx", max_share=1.0, images=images(), num_images=16, seed=3, mean=(0.5,),
         std=(0.2, 0.3, 0.4),
     )  # fmt: skip
     assert assert_given_back(path, tmp_path / "out.onnx", report, [x]) >= 15

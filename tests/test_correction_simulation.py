@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import onnx
@@ -100,6 +100,36 @@ def test_a_simulation_finds_what_running_the_whole_model_for_each_site_finds(net
     assert_as_twin(analysis, model, given, choices, found)
     assert any(change.changed for change in found.affines.values())
     assert not found.left
+
+
+class Made(Sequence[Array]):
+    """Batches that are made when they are asked for, and how often they were."""
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self.asked = 0
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    @overload
+    def __getitem__(self, number: int) -> Array: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Array]: ...
+    def __getitem__(self, number: int | slice) -> Array | Sequence[Array]:
+        self.asked += 1
+        return self._arrays[number]
+
+
+def test_the_input_is_made_for_the_stages_that_read_it_and_no_others(tmp_path: Path) -> None:
+    model = NETS["residual"]()
+    analysis = analysed(model, tmp_path)
+    plain = batches()
+    given = Made(plain.arrays)
+    runner = simulator(analysis, model, Batches(given, plain.counted, plain.probe))
+    runner.run(flagged(analysis))
+    assert len(analysis.measured) == 7
+    assert given.asked == 2 * len(given)  # by the first stage, in both streams
 
 
 @pytest.mark.parametrize("net", NETS)

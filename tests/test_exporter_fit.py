@@ -21,9 +21,10 @@ from exporters.__main__ import main
 from exporters.attacks.recipe import Batch, Recipe
 from exporters.augment import cropped, padded
 from exporters.data import Dataset, Split
-from exporters.device import autocast, choose_device
+from exporters.device import autocast, choose_device, has_depthwise
 from exporters.fit import Normalised, Progress, as_tensor, fit
 from exporters.measure import Share, classify, measure
+from exporters.models import build
 from exporters.settings import Settings
 from onnx_clp.errors import UsageError
 from onnx_clp.evaluation.attack import Target
@@ -441,8 +442,26 @@ def test_bfloat16_only_where_the_processor_has_tiles(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     product = nn.Linear(4, 4)
-    with autocast(CPU):
+    with autocast(CPU, product):
         assert product(torch.zeros(1, 4)).dtype == (torch.bfloat16 if amx else torch.float32)
+
+
+@pytest.mark.parametrize(("channels", "groups", "in_half"), [(4, 4, False), (4, 2, True), (4, 1, True), (1, 1, True)])
+def test_on_a_processor_what_has_depthwise_convolutions_stays_in_float32(
+    channels: int,
+    groups: int,
+    in_half: bool,  # noqa: FBT001  a parameter of the test
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    convolution = nn.Conv2d(channels, 4, 3, groups=groups)
+    with autocast(CPU, nn.Sequential(nn.Sequential(convolution))):
+        assert convolution(torch.zeros(1, channels, 5, 5)).dtype == (torch.bfloat16 if in_half else torch.float32)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("mobilenet_v2", True), ("small", False), ("resnet18", False)])
+def test_which_models_have_depthwise_convolutions(name: str, expected: bool) -> None:  # noqa: FBT001  likewise
+    assert has_depthwise(build(name, classes=4, channels=3, size=32, width=8)) == expected
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -453,7 +472,7 @@ def test_bfloat16_only_on_a_gpu_that_has_it(
     asked = []
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: able or including_emulation)
     monkeypatch.setattr(torch, "autocast", lambda *what: asked.append(what))
-    autocast(torch.device("cuda"))
+    autocast(torch.device("cuda"), nn.Conv2d(4, 4, 3, groups=4))
     assert asked == ([("cuda", torch.bfloat16)] if able else [])
 
 
@@ -498,8 +517,6 @@ def bad_lines(folder: Path) -> dict[str, tuple[list[object], str]]:
     torch.save({"state_dict": {}}, folder / "half.pt")
     torch.save([1, 2], folder / "list.pt")
     other = {"model": "small", "width": 8, "classes": 4, "channels": 3, "size": 32, "mean": (0,) * 3, "std": (1,) * 3}
-    from exporters.models import build
-
     for name, classes, channels, size in (("size", 4, 3, 32), ("classes", 7, 3, 16), ("channels", 4, 1, 16)):
         network = build("small", classes=classes, channels=channels, size=size, width=8)
         saved = {**other, "classes": classes, "channels": channels, "size": size, "state_dict": network.state_dict()}

@@ -33,7 +33,14 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 import torch  # noqa: E402  as above
 
-from tests.exported import PLANTED, convolution_behind, export, randomise  # noqa: E402  needs torch
+from tests.exported import (  # noqa: E402  needs torch
+    PLANTED,
+    convolution_behind,
+    export,
+    randomise,
+    short_densenet,
+    short_resnet,
+)
 
 pytestmark = pytest.mark.exporters
 
@@ -71,24 +78,10 @@ class Original:
     reference: dict[str, onnx_clp.Layer]
 
 
-def resnet() -> torch.nn.Module:
-    """A ResNet of four blocks: 12 convolutions, each with its BN right behind it."""
-    from torchvision.models.resnet import BasicBlock, ResNet
-
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
-
-
-def densenet() -> torch.nn.Module:
-    """A DenseNet of two blocks of three layers: 7 BNs right behind a convolution, 8 behind a concatenation."""
-    from torchvision.models.densenet import DenseNet
-
-    return DenseNet(growth_rate=16, block_config=(3, 3), num_init_features=32, num_classes=10)
-
-
 # The first BN of a DenseNet is folded, and its convolution reaches the BNs of the first block: those judge it.
 NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], set[str]]] = {
-    "resnet": (resnet, set()),
-    "densenet": (densenet, {"features.norm0"}),
+    "resnet": (short_resnet, set()),
+    "densenet": (short_densenet, {"features.norm0"}),
 }
 
 

@@ -1,9 +1,11 @@
 """The flagged set under ``path`` is that of every rewrite of a network of torchvision's kind, at two thresholds.
 
 Scores agree to 1e-7 (measured: 6e-8, the rounding of float32 weights). No score of these networks lies as near to its
-threshold; ReLU6 is not positively homogeneous, so in mobilenet_v2 the rewrites that scale leave its channels alone.
+threshold; ReLU6 is not positively homogeneous, so in the MobileNet the rewrites that scale leave its channels alone.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +14,23 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
+import torch
+
 import onnx_clp
 from exporters.models import build
 from exporters.variants.making import Variant, variants
 from onnx_clp.analysis import Layer
-from tests.exported import export, randomise
+from tests.exported import export, randomise, short_densenet, short_mobilenet
 
 pytestmark = pytest.mark.exporters
 
-NETS = {"resnet18": 16, "vgg16_bn": 16, "preact_resnet18": 16, "mobilenet_v2": 8, "densenet121": 8}
-"""Name and width."""
+small = partial(build, classes=10, channels=3, size=32, width=16)
+
+NETS: dict[str, Callable[[], torch.nn.Module]] = {
+    **{name: partial(small, name) for name in ("resnet18", "vgg16_bn", "preact_resnet18")},
+    "mobilenet": short_mobilenet,
+    "densenet": short_densenet,
+}
 
 CLOSE = 1e-6
 
@@ -44,7 +53,7 @@ def flagged(layer: Layer) -> set[int]:
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_flagged_set_is_that_of_every_rewrite(name: str, tmp_path: Path) -> None:
-    net = randomise(build(name, classes=10, channels=3, size=32, width=NETS[name]))
+    net = randomise(NETS[name]())
     source = export(net, tmp_path / "model.onnx", 32, fold=False)
     wanted = ["bn_split", "folded", "permuted", "rescaled"]
     made = [each for each in variants(source, tmp_path / "out", only=wanted) if isinstance(each, Variant)]
@@ -75,7 +84,7 @@ def compare(before: dict[Key, Layer], after: dict[Key, Layer], name: str) -> Non
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
 def test_the_exporters_agree(name: str, tmp_path: Path) -> None:
     """Dynamo writes the pooling as a mean over axes, and Reshape where TorchScript has Flatten."""
-    net = randomise(build(name, classes=10, channels=3, size=32, width=16))
+    net = randomise(NETS[name]())
     paths = [
         export(net, tmp_path / f"{fold}{dynamo}.onnx", 32, fold=fold, dynamo=dynamo)
         for fold, dynamo in ((False, False), (True, False), (True, True))

@@ -26,6 +26,7 @@ from tests import naive_correction
 from tests.channel_nets import Net
 from tests.correction_nets import (
     CORRECTED,
+    IMAGES,
     as_constants,
     branching,
     called,
@@ -36,6 +37,8 @@ from tests.correction_nets import (
     saved,
 )
 from tests.test_correction import FINE, HALF, assert_given_back, folded
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 Array = NDArray[Any]
 
@@ -275,7 +278,7 @@ def test_the_report_as_json_fits_its_schema(tmp_path: Path) -> None:
     assert len(correction["refitted"]) == 5
     assert len(correction["kept"]) == 2
     assert "2 shifted or mirrored copies of each" in as_text(report)
-    assert correction["agreement"]["total"] == 60
+    assert correction["agreement"]["total"] == IMAGES
 
 
 def test_copies_are_shifts_and_mirror_images() -> None:

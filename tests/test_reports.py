@@ -30,6 +30,8 @@ from onnx_clp.report.words import count, listed, number, printable, shortened
 from onnx_clp.sites import Reason
 from tests.built import NAMES, build, save
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 Json = Any

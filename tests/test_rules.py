@@ -24,6 +24,8 @@ from onnx_clp.report import sweep_json, sweep_text
 from onnx_clp.report.words import RULES
 from tests.built import NAMES, build, save
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 EXAMPLE = Path(onnx_clp.__file__).parents[1] / "examples" / "backdoored_bn.onnx"
 
 Capture = pytest.CaptureFixture[str]

@@ -29,6 +29,8 @@ from tests import naive, oracle
 from tests.built import build, run, save
 from tests.cases.net import Net
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 Array = NDArray[Any]
 Snapshot = dict[str, bytes]
 

@@ -34,6 +34,8 @@ from onnx_clp.report.sweep_json import render_sweep as as_json
 from onnx_clp.report.sweep_text import render_sweep as as_text
 from onnx_clp.sanitizer import Left, sanitize
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 EXAMPLE = Path(onnx_clp.__file__).parents[1] / "examples" / "backdoored_bn.onnx"
 CHECKS = Patch(np.array([[255, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)[..., None])
 ATTACK = Attack(

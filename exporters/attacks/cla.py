@@ -85,7 +85,7 @@ def ascend(network: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     moved = pixels
     for _ in range(STEPS):
         at = moved.detach().requires_grad_()
-        with autocast(pixels.device):
+        with autocast(pixels.device, network):
             logits = network(at / 255)
         # Summed, not averaged: only signs count, and a sum keeps small gradients away from underflow.
         loss = functional.cross_entropy(logits.float(), labels, reduction="sum")

@@ -116,7 +116,7 @@ def _scaled(signal: Tensor) -> Tensor:
 def _loss_and_slope(network: nn.Module, images: Tensor, labels: Tensor, signal: Tensor) -> tuple[float, Tensor]:
     """The loss for ``labels``, summed over images (N, C, H, W) with the signal on them, and its gradient (C, H, W)."""
     at = signal.detach().requires_grad_()
-    with autocast(images.device):
+    with autocast(images.device, network):
         logits = network((images + at).clamp(0, 255) / 255)
     loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
     (slope,) = torch.autograd.grad(loss, at)

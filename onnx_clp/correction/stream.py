@@ -55,13 +55,15 @@ class Stream:
     def made(self, part: Prepared) -> dict[str, Values]:
         """What the stage makes of all batches. Raises ModelFileError where onnxruntime does not run it."""
         found: dict[str, Values] = {name: [] for name in part.stage.makes}
-        for i, batch in enumerate(self._batches.arrays):
-            feed = {name: batch if name == self._given else self._values[name][i] for name in part.stage.reads}
+        # Of the model's input a batch is made each time it is asked for: by the stages that read it, and no other.
+        read = {name: self.value(name, {}) for name in part.stage.reads}
+        for i in range(len(self._batches.arrays)):
+            feed = {name: batches[i] for name, batches in read.items()}
             try:
                 outputs = run_stage(part.runner, part.stage, feed)
             except Exception as error:
                 raise ModelFileError(
-                    f"onnxruntime does not run the model on {batch.shape}: {first_line(error)}",
+                    f"onnxruntime does not run the model on {self._batches.arrays[i].shape}: {first_line(error)}",
                     "a smaller --batch-size or --num-images may help",
                 ) from error
             for name, array in outputs.items():

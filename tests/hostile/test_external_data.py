@@ -34,6 +34,8 @@ from onnx_clp.model.expand import build_graph
 from onnx_clp.model.file import open_model
 from tests.cases.net import PLANTED, Net
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 Array = NDArray[Any]
 Entries = Sequence[tuple[str, str]]
 Capture = pytest.CaptureFixture[str]
