@@ -133,8 +133,8 @@ def test_every_method_is_documented() -> None:
 
 def written(folder: Path, *, images: int, labels: bool) -> Path:
     """An .npz of grey images, with labels or without."""
-    arrays = {"images": np.zeros((images, 4, 4, 3), np.uint8)}
-    np.savez(folder / "some.npz", **arrays, **({"labels": np.arange(images) % 3} if labels else {}))
+    arrays: dict[str, Any] = {"images": np.zeros((images, 4, 4, 3), np.uint8)}
+    np.savez(folder / "some.npz", **arrays | ({"labels": np.arange(images) % 3} if labels else {}))
     return folder / "some.npz"
 
 
@@ -168,9 +168,10 @@ def test_enough_labels_bring_a_budget(
     path = saved(CORRECTED["plain"](), tmp_path)
     pixels = np.resize(images(), (count, *images().shape[1:]))
     given = labelled(pixels, np.arange(count) % CLASSES, [str(number) for number in range(CLASSES)])
-    report = sanitize(path, tmp_path / "c.onnx", **{"method": "auto", "images": given, "dry_run": True} | options)
-    asked = None if report.budget is None else report.budget.budget
-    assert (None if asked is None else (asked.min_agreement, asked.max_accuracy_drop)) == budget
+    asked: dict[str, Any] = {"method": "auto", "images": given, "dry_run": True, **options}
+    report = sanitize(path, tmp_path / "c.onnx", **asked)
+    kept = None if report.budget is None else report.budget.budget
+    assert (None if kept is None else (kept.min_agreement, kept.max_accuracy_drop)) == budget
     assert ("labels tell what it costs" in report.auto) is (budget == (None, ACCURACY_DROP))
 
 
