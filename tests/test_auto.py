@@ -20,6 +20,8 @@ from onnx_clp.methods import METHODS, Said, Settled, settled
 from tests.channel_nets import CLASSES
 from tests.correction_nets import CORRECTED, images, saved
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 DOCUMENT = (Path(onnx_clp.__file__).parents[1] / "docs" / "sanitize.md").read_text(encoding="utf-8")
 PUBLISHED = Settings("bound", 3.0)
 

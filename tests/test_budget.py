@@ -25,6 +25,8 @@ from tests.channel_nets import CLASSES
 from tests.correction_nets import CORRECTED, feeds, images, of_batch, saved
 from tests.naive_correction import outputs
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 Pixels = NDArray[np.uint8]
 NAMES = [str(number) for number in range(CLASSES)]
 
@@ -96,7 +98,7 @@ def test_the_walk_is_that_of_a_loop_that_writes_and_measures_each_file(
     net: str, budget: Budget, options: dict[str, Any], tmp_path: Path
 ) -> None:
     path = saved(CORRECTED[net](), tmp_path)
-    given = with_labels(path, images())
+    given = with_labels(path, images(60))
     held = parts(given, by_class=budget.max_accuracy_drop is not None)
     expected = naive(path, held, budget, tmp_path, **options)
     target = tmp_path / "walked.onnx"
@@ -119,7 +121,7 @@ def test_the_walk_is_that_of_a_loop_that_writes_and_measures_each_file(
 def walked(path: Path, folder: Path, **options: Any) -> tuple[Path, SanitizeReport]:  # noqa: ANN401
     target = folder / "walked.onnx"
     target.unlink(missing_ok=True)
-    return target, sanitize(path, target, **{"images": images(), "max_share": 1.0, "metadata": False, **options})
+    return target, sanitize(path, target, **{"images": images(60), "max_share": 1.0, "metadata": False, **options})
 
 
 # ---- held-out images
@@ -128,7 +130,7 @@ def walked(path: Path, folder: Path, **options: Any) -> tuple[Path, SanitizeRepo
 @pytest.mark.parametrize("repair", ["statistics", "refit"])
 def test_nothing_is_corrected_by_held_out_images(repair: str, tmp_path: Path) -> None:
     path = saved(CORRECTED["residual"](), tmp_path)
-    given = images()
+    given = images(60)
     held = stratified(np.zeros(60, np.int64), 20, 0)
     options: dict[str, Any] = {"u": 3.0, "repair": repair, "min_agreement": 0, "hold_out": 1 / 3}
     target, report = walked(path, tmp_path, images=given, **options)
@@ -153,7 +155,7 @@ def test_both_parts_of_a_model_with_a_fixed_batch_are_whole_batches(tmp_path: Pa
     assert report.budget is not None
     assert (report.correction.images.count, report.budget.held_out) == (24, 32)
     held = stratified(np.zeros(60, np.int64), 32, 0)
-    after, before = (outputs(onnx.load(each), feeds(images()[held], size=8))[0].argmax(1) for each in (target, path))
+    after, before = (outputs(onnx.load(each), feeds(images(60)[held], size=8))[0].argmax(1) for each in (target, path))
     assert report.budget.steps[-1].agreement == Share(int((after == before).sum()), 32)
     with pytest.raises(UsageError, match="8 images at once are needed to correct by, and others to judge by"):
         walked(path, tmp_path, images=images(15), min_agreement=0)
@@ -266,7 +268,7 @@ def test_a_model_without_classes_has_no_budget(tmp_path: Path) -> None:
 
 def test_the_report_fits_its_schema_and_the_note_tells_the_budget(tmp_path: Path) -> None:
     path = saved(CORRECTED["residual"](), tmp_path)
-    given = with_labels(path, images())
+    given = with_labels(path, images(60))
     options: dict[str, Any] = {"images": given, "min_agreement": 70, "max_accuracy_drop": 30.5, "metadata": True}
     target, report = walked(path, tmp_path, **options)
     document = json.loads(as_json(report))
@@ -291,7 +293,7 @@ def test_the_command_reads_labels_where_accuracy_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(CORRECTED["residual"](), tmp_path)
-    given = with_labels(path, images())
+    given = with_labels(path, images(60))
     np.savez(tmp_path / "set.npz", images=given.images, labels=given.labels)
     np.save(tmp_path / "alone.npy", given.images)
     common = ["sanitize", str(path), str(tmp_path / "out.onnx"), "--max-share", "1", "--hold-out", "40%", "--force"]

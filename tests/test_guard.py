@@ -90,7 +90,7 @@ def test_without_the_guard_it_is_silenced(tmp_path: Path) -> None:
     assert collapsed(classes(path).tolist(), classes(target).tolist())
     assert not [check for check in report.checks if check.name == "probes"]
     with pytest.raises(UsageError, match="there is no guard to leave out"):
-        guarded(path, tmp_path, guard=False, images=images())
+        guarded(path, tmp_path, guard=False, images=images(60))
 
 
 def test_a_sweep_measures_what_the_guard_would_refuse(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_what_costs_was_not_measured_is_said(tmp_path: Path) -> None:
     assert "was not measured" in warning
     assert "--images" in warning
     assert warning in as_text(report)
-    assert not guarded(tmp_path / "model.onnx", tmp_path, images=images())[1].warnings
+    assert not guarded(tmp_path / "model.onnx", tmp_path, images=images(60))[1].warnings
 
 
 @pytest.mark.parametrize("name", NETS)

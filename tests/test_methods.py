@@ -30,10 +30,12 @@ from tests.correction_nets import CORRECTED, branching, feeds, images, in_half, 
 from tests.test_correction import assert_given_back, observed
 from tests.test_preactivation_reading import folded_and_kept, one_by_one, pixels
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 Array = NDArray[Any]
 
 SUSPECTED = images(60, seed=3)
-CLEAN = images()
+CLEAN = images(60)
 
 
 def sanitized(path: Path, **options: Any) -> tuple[Path, SanitizeReport]:  # noqa: ANN401  # those of sanitize
