@@ -125,8 +125,9 @@ def _checked(path: Path) -> ModelFile:
             file.close()
             raise
     except ModelFileError as error:
-        # An option that scan and sanitize have is no advice here.
-        raise ModelFileError(error.message, "" if "--" in error.hint else error.hint) from error
+        # An option that scan and sanitize have is no advice here: onnxruntime takes data beside the model alone.
+        advice = (part for part in error.hint.split(", or ") if "--" not in part)
+        raise ModelFileError(error.message, ", or ".join(advice)) from error
     return file
 
 
