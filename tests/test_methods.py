@@ -377,8 +377,8 @@ def test_auto_says_what_it_chose_and_why(tmp_path: Path, capsys: pytest.CaptureF
     clean = ["--images", str(tmp_path / "clean.npy")]
     for given, words in (
         ([], "clp, score bound, u = 3: without images"),
-        (clean, "clp, score activity, u = 3, repair refit, ridge 0.1: clean images"),
-        ([*clean, "-u", "2", "--score", "bound"], "clp, score bound, u = 2, repair refit, ridge 0.1: clean images"),
+        (clean, "clp, score activity, u = 3, repair refit, ridge 0.12: clean images"),
+        ([*clean, "-u", "2", "--score", "bound"], "clp, score bound, u = 2, repair refit, ridge 0.12: clean images"),
         (suspected, "ep, u = 3: triggered images"),
         ([*suspected, *clean, "--repair", "none"], "ep, u = 3, repair none: triggered images"),
     ):

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_clp.correction import refit
+from onnx_clp.correction import refit, repair
 from onnx_clp.correction.convolutions import convolutions
 from onnx_clp.correction.cuts import Variant
 from onnx_clp.correction.patches import convolved, geometry
@@ -34,6 +34,13 @@ layers, and the smallest eigenvalue of the scaled normal equations is at least Î
 RIDGE = 0.1
 
 FITTED = ["residual", "dense", "depthwise", "shuffled", "plain", "preact", "shared", "summands"]
+
+
+@pytest.fixture(autouse=True)
+def few_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of these tests are few, and every kernel is to be refitted; but for the test of that rule."""
+    if "positions" not in request.node.name:
+        monkeypatch.setattr(repair, "LEAST_POSITIONS", 0)
 
 
 def simulated(model: onnx.ModelProto, folder: Path, given: Batches, ridge: float, *, silence: bool) -> Any:  # noqa: ANN401

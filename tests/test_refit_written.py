@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 import onnx_clp
 from onnx_clp import SanitizeReport, sanitize
-from onnx_clp.correction import corrector, recipe
+from onnx_clp.correction import corrector, recipe, repair
 from onnx_clp.correction.source import with_copies
 from onnx_clp.errors import UsageError, VerificationError
 from onnx_clp.report.json import render_sanitize as as_json
@@ -41,6 +41,13 @@ from tests.test_correction import FINE, HALF, assert_given_back, folded
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 Array = NDArray[Any]
+
+
+@pytest.fixture(autouse=True)
+def few_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of these tests are few, and every kernel is to be refitted; but for the test of that rule."""
+    if "positions" not in request.node.name:
+        monkeypatch.setattr(repair, "LEAST_POSITIONS", 0)
 
 
 def refitted(path: Path, folder: Path, **options: Any) -> tuple[Path, SanitizeReport]:  # noqa: ANN401
@@ -355,3 +362,22 @@ def test_layers_that_cannot_be_observed_are_judged_by_their_bounds_and_it_is_sai
     assert len(inside) == 2
     assert all(not layer.scores and "cannot be observed" in layer.fallback for layer in inside)
     assert "2 layers judged by the bound: they cannot be observed" in as_text(report)
+
+
+@pytest.mark.parametrize("copies", [0, 3])
+def test_a_kernel_that_the_positions_of_the_images_do_not_tell_is_kept(copies: int, tmp_path: Path) -> None:
+    model = CORRECTED["residual"]()
+    path = saved(model, tmp_path)
+    _, report = refitted(path, tmp_path, augment=copies)
+    kernels = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    few = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            (made,) = naive_correction.outputs(model, feeds(images()), [node.output[0]])
+            positions = (1 + copies) * made.size // made.shape[1]
+            unknowns = int(np.prod(kernels[node.input[1]][1:]))
+            if positions < 4 * unknowns:
+                few[node.name] = f"{unknowns:,} numbers a channel are not told by {positions:,} positions of the images"
+    assert bool(few) is (copies == 0)
+    assert kept(report) == few
+    assert len(fitted(report)) == 7 - len(few)

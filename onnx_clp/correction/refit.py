@@ -33,6 +33,11 @@ import numpy as np
 from onnx_clp.correction.moments import DEAD, Array, Floats
 from onnx_clp.correction.patches import BLOCK, Geometry, patches
 
+LEAST_POSITIONS: Final = 4
+"""Positions of the images, for each of the K numbers, below which a kernel is not refitted: neighbours are much alike,
+and what the images do not show would be lost. On three VGG-16, whose last layers have 2 × 2 positions, it kept 0.3 to
+0.7 points of accuracy; the backdoors went as before."""
+
 MOST_UNKNOWNS: Final = 1 << 13
 """The largest K: 2 GiB for its normal equations."""
 

@@ -16,7 +16,7 @@ from onnx_clp.correction.convolutions import Convolution
 from onnx_clp.correction.cuts import Observed
 from onnx_clp.correction.moments import Affine, Array, Floats, Moments, affine, applied, merged, moments
 from onnx_clp.correction.patches import convolved
-from onnx_clp.correction.refit import Refit, refitted
+from onnx_clp.correction.refit import LEAST_POSITIONS, Refit, refitted
 from onnx_clp.correction.stream import Values
 
 Channels = Mapping[int, Sequence[int]]
@@ -87,6 +87,10 @@ class Repairs:
             self.kept[index] = reason
             return False
         counted = [[*values_of][: self.counted] for values_of in (inputs, before[1])]
+        positions, unknowns = sum(t.size // t.shape[1] for t in counted[1]), part.kernel[0].size
+        if positions < LEAST_POSITIONS * unknowns:
+            self.kept[index] = f"{unknowns:,} numbers a channel are not told by {positions:,} positions of the images"
+            return False
         found = refitted(counted[0], counted[1], part.where, part.kernel, self.wanted.ridge)
         if found is None:
             self.kept[index] = "what it is given on the images does not say a kernel"
