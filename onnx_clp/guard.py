@@ -56,7 +56,7 @@ _DTYPES: Final[dict[int, type[np.generic]]] = {
 _LARGEST_INPUT: Final = 1 << 26
 """Numbers that all probes may have together."""
 
-_REFUSED: Final = "silenced too, the model answers made-up inputs with one class"
+_REFUSED: Final = "silenced too, the model answers made-up inputs with one class, or does not run"
 _UNREACHED: Final = f"{MOST_TRIALS} copies were run to find channels without which the model still tells classes apart"
 
 
@@ -172,7 +172,14 @@ def _by_z(selection: Silencing) -> list[Flag]:
     """The channels that are silenced, largest z first."""
     positions = {id(part): position for position, part in enumerate(selection.analysis.measured)}
     done = {(positions[id(choice.part)], channel) for choice in selection.done for channel in choice.channels}
-    flagged = [(position, channel.index) for position, channel in by_z(selection.analysis.report.layers)]
+    if selection.read is None:
+        flagged = [(position, channel.index) for position, channel in by_z(selection.analysis.report.layers)]
+    else:
+        scored = zip(selection.read.scores.sites, selection.read.choice.sites, strict=True)
+        found = [
+            (z, site.position, k) for site, choice in scored for k, z in zip(choice.channels, choice.z, strict=True)
+        ]
+        flagged = [(position, k) for _, position, k in sorted(found, key=lambda each: -each[0])]
     return [flag for flag in flagged if flag in done]
 
 

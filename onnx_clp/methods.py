@@ -87,12 +87,14 @@ def settled(said: Said, has: Has) -> Settled:
     repair = said.repair or settings.repair or DEFAULT_REPAIR
     # A penalty that auto picks is one of the repair that it picks.
     ridge = settings.ridge if said.ridge is None and repair == settings.repair else said.ridge
-    u = LOWEST_U if said.budget and plan is None else settings.u
+    u = LOWEST_U if said.budget else settings.u
     u = u if said.u is None else said.u
     score = said.score or settings.score
     words = [f"score {score}"] if method == CLP else []
     words += [f"u = {u:g}", *([f"repair {repair}"] if has.images else [])]
     words += [f"ridge {ridge:g}"] if ridge is not None else []
+    drop = None if plan is None else plan.max_accuracy_drop
+    words += [f"{drop:g} points of accuracy at most"] if drop is not None else []
     return Settled(
         method=method,
         u=u,
@@ -102,7 +104,7 @@ def settled(said: Said, has: Has) -> Settled:
         ridge=ridge,
         keep_bias=method != CLP if said.keep_bias is None else said.keep_bias,
         auto="" if plan is None else f"{method}, {', '.join(words)}: {plan.why}",
-        max_accuracy_drop=None if plan is None else plan.max_accuracy_drop,
+        max_accuracy_drop=drop,
     )
 
 

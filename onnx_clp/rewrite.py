@@ -63,7 +63,7 @@ def rewrite(source: ByteSource, digest: Callable[[], str], src: str, dst: str, o
         guard: list[Check] = []
         if corrector is None:
             selection = select(options.u)
-            if options.guard and options.method == CLP:
+            if options.guard:
                 selection, *guard = guarded(file, selection, partial(_only, selection), options.input_shapes)
             changes, done = selection.plan, selection.done
         else:
@@ -156,7 +156,7 @@ def _select(
         from onnx_clp.preactivation.selecting import at  # as in _analysis
 
         read = at(read, value)
-    elif value != analysis.report.u:
+    if value != analysis.report.u:
         analysis = replace(analysis, report=replace(analysis.report, u=value, layers=judged(analysis, value)))
     wanted, left = _choose(analysis, options.max_share, read)
     if u is None:

@@ -183,7 +183,7 @@ def sanitize(  # each option is one of the command's
     score: str | None = None,
     threshold: str | None = None,
     count_dead: bool = False,
-    max_share: float = DEFAULT_MAX_SHARE,
+    max_share: float | None = None,
     metadata: bool = True,
     force: bool = False,
     in_place: bool = False,
@@ -236,7 +236,8 @@ def sanitize(  # each option is one of the command's
         score: As for `onnx_clp.scan`, or ``activity``: the bound over the standard deviation on ``images``.
         threshold: As for `onnx_clp.scan`.
         count_dead: Count channels of bound 0 in mean and std, as the published arithmetic does.
-        max_share: The share of a layer's channels that may be silenced, 0 to 1; a layer beyond it is left.
+        max_share: The share of a layer's channels that may be silenced, 0 to 1; a layer beyond it is left. None
+            for 0.1; with a budget, which says how much is too much, for any share.
         metadata: Write the note: version, u, SHA-256 of the input, what was silenced.
         force: Overwrite ``dst`` and its data files (those that bear its name) where they exist.
         in_place: Allow ``dst`` to be ``src``. Data files that change are written under new names.
@@ -301,6 +302,8 @@ def sanitize(  # each option is one of the command's
     if not guard and images is not None:
         raise UsageError("with --images there is no guard to leave out", "leave out --no-guard")
     check_threshold(made.threshold, count_dead=count_dead)
+    if max_share is None:
+        max_share = 1.0 if budget.given else DEFAULT_MAX_SHARE
     if not 0 <= max_share <= 1:
         raise UsageError(f"the largest share is {max_share}", "give a share between 0 and 1")
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}

@@ -179,4 +179,6 @@ def test_enough_labels_bring_a_budget(
 
 def test_a_budget_goes_lower_than_u_would() -> None:
     assert settled(Said(budget=True), Has(images=True)).u == LOWEST_U
-    assert settled(Said("auto", budget=True), Has(images=True)).u == WITH_IMAGES.u
+    assert settled(Said("auto", budget=True), Has(images=True)).u == LOWEST_U
+    assert settled(Said("auto"), Has(images=True, labels=True)).u == WITH_IMAGES.u
+    assert "2 points of accuracy at most" in settled(Said("auto"), Has(images=True, labels=True)).auto

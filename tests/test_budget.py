@@ -91,7 +91,7 @@ def naive(path: Path, held: Held, budget: Budget, folder: Path, **options: Any) 
         ("residual", Budget(min_agreement=80), {"max_share": 1.0}),
         ("residual", Budget(max_accuracy_drop=12), {"max_share": 1.0, "repair": "refit", "augment": 1}),
         ("residual", Budget(60, 40), {"max_share": 1.0, "repair": "none", "score": "path"}),
-        ("residual", Budget(80, 40), {"repair": "none", "score": "activity", "threshold": "log-std"}),
+        ("residual", Budget(80, 40), {"max_share": 0.1, "repair": "none", "score": "activity", "threshold": "log-std"}),
     ],
 )
 def test_the_walk_is_that_of_a_loop_that_writes_and_measures_each_file(
@@ -306,3 +306,43 @@ def test_the_command_reads_labels_where_accuracy_is_asked_for(
     assert run_command([*common, *asked, "--images", str(tmp_path / "alone.npy")]) == 2
     assert "no .npz" in capsys.readouterr().err
     assert run_command([*common, "--min-agreement", "0", "--images", str(tmp_path / "alone.npy")]) == 0
+
+
+# ---- what no budget can be judged on
+
+
+def test_one_number_an_image_tells_no_class(tmp_path: Path) -> None:
+    model = CORRECTED["plain"]()
+    first = onnx.numpy_helper.from_array(np.array([0], np.int64), "first")
+    model.graph.initializer.append(first)
+    model.graph.node.append(onnx.helper.make_node("Gather", [model.graph.output[0].name, "first"], ["one"], axis=1))
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("one", onnx.TensorProto.FLOAT, ["n", 1]))
+    with pytest.raises(UsageError, match="answers cannot be told"):
+        walked(saved(model, tmp_path), tmp_path, min_agreement=97)
+
+
+def test_answers_that_are_nan_to_begin_with_are_none(tmp_path: Path) -> None:
+    model = CORRECTED["plain"]()
+    model.graph.node.append(onnx.helper.make_node("Sqrt", [model.graph.output[0].name], ["root"]))
+    shape = [each.dim_param or each.dim_value for each in model.graph.output[0].type.tensor_type.shape.dim]
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("root", onnx.TensorProto.FLOAT, shape))
+    with pytest.raises(UsageError, match="answers cannot be told"):
+        walked(saved(model, tmp_path), tmp_path, min_agreement=97)
+
+
+def test_a_layer_is_not_left_for_its_share_where_a_budget_says_how_much(tmp_path: Path) -> None:
+    path = saved(CORRECTED["residual"](), tmp_path)
+    free = walked(path, tmp_path, min_agreement=0, max_share=None)[1]
+    assert free.max_share == 1
+    assert free.budget is not None
+    assert not free.left
+    assert [step.channels for step in free.budget.steps] == sorted(step.channels for step in free.budget.steps)
+    assert walked(path, tmp_path, min_agreement=0, max_share=0.1)[1].left
+    assert walked(path, tmp_path, max_share=None)[1].max_share == 0.1
+
+
+def test_few_images_that_are_held_out_are_warned_of(tmp_path: Path) -> None:
+    path = saved(CORRECTED["plain"](), tmp_path)
+    correction = walked(path, tmp_path, min_agreement=0)[1].correction
+    assert correction is not None
+    assert "only 30 images are held out" in correction.warnings[-1]

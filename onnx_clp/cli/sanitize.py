@@ -70,7 +70,7 @@ def _is_size(text: str) -> bool:
     default="10%",
     show_default=True,
     metavar="SHARE",
-    help="Leave a layer of which more than SHARE would be silenced, and say so.",
+    help="Leave a layer of which more than SHARE would be silenced, and say so; with a budget any share, unless said.",
 )
 @click.option("--dry-run", is_flag=True, help="Write nothing, say what would change; OUT may be left out.")
 @click.option("--force", is_flag=True, help="Overwrite OUT and its data files.")
@@ -184,7 +184,7 @@ def command(  # one parameter an option
         score=said("score", score),
         threshold=said("threshold", threshold),
         count_dead=count_dead,
-        max_share=max_share,
+        max_share=said("max_share", max_share),
         metadata=not no_metadata,
         force=force,
         in_place=in_place,

@@ -53,9 +53,12 @@ class Judged:
     classes: int | None = None
 
     def verdict(self, original: Outputs, sanitized: Outputs) -> Verdict | None:
-        """How the outputs of one model compare with those of the other; None where they do not tell a class of each."""
+        """How the outputs of one model compare with those of the other; None where they do not tell a class of each.
+
+        An image that the original answers with NaN has none; the sanitized model may, and that is another answer.
+        """
         before, after = (self._answers(outputs) for outputs in (original, sanitized))
-        if before is None or after is None:
+        if before is None or after is None or NOT_A_NUMBER in before:
             return None
         agreement = _share(before == after)
         if self.labels is None:
@@ -69,9 +72,9 @@ class Judged:
         return np.concatenate([answers(each) for each in rows])[self.places]
 
     def _tells(self, rows: Array) -> bool:
-        """Whether there is a number for each class."""
+        """Whether there is a number for each of two classes or more."""
         wanted = rows.shape[1] if self.classes is None else self.classes
-        return rows.dtype.kind in "fiu" and rows.shape[1] == wanted > 0
+        return rows.dtype.kind in "fiu" and rows.shape[1] == wanted > 1
 
 
 def answers(rows: Array) -> Classes:

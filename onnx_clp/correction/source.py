@@ -112,7 +112,7 @@ def read_source(model: Path, request: ImageRequest) -> ImageSource:
         judged=slice(len(measured), None) if len(held_out) else slice(count),
         labels=None if drawn.labels is None else drawn.labels[parts.held_out],
         classes=drawn.classes,
-        warnings=tuple(_warnings(session, count)),
+        warnings=tuple(_warnings(session, count, len(held_out))),
     )
 
 
@@ -175,8 +175,10 @@ def _size(session: Session, drawn: Drawn, request: ImageRequest) -> int:
     return fixed
 
 
-def _warnings(session: Session, count: int) -> list[str]:
+def _warnings(session: Session, count: int, held_out: int) -> list[str]:
     found = [session.note] if session.note else []
     if count < ADVISED_IMAGES:
         found.append(f"only {count} images: what is measured on fewer than {ADVISED_IMAGES} is not to be relied on")
+    if 0 < held_out < ADVISED_IMAGES:
+        found.append(f"only {held_out} images are held out: a budget that is kept on so few says little")
     return found
