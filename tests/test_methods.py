@@ -488,3 +488,11 @@ def test_a_budget_walks_over_what_ep_chooses(tmp_path: Path) -> None:
     assert counts[-1] == report.silenced_channels > counts[0]
     assert report.selection.choice.u == 1.5
     assert target.exists()
+
+
+def test_without_clean_images_ep_is_guarded(tmp_path: Path) -> None:
+    path = saved(CORRECTED["residual"](), tmp_path)
+    given = {"method": "ep", "suspected_images": SUSPECTED, "u": 1.5}
+    assert sanitized(path, **given)[1].checks[0].name == "probes"
+    assert "probes" not in [check.name for check in sanitized(path, **given, images=CLEAN)[1].checks]
+    assert "probes" not in [check.name for check in sanitized(path, **given, guard=False)[1].checks]
