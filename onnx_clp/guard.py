@@ -3,12 +3,13 @@
 Original and copy are run on `probes`, inputs that are made up. Of n probes let b and a be those that the original and
 the copy give another class than the one that each gives most. The copy *collapses* where
 
-    b ≥ 1 and a ≤ b/10
+    b ≥ n/20 and a ≤ b/10
 
-so that it collapses where it gives one class only and the original gives two, and also where nearly all its answers
-are one class and those of the original clearly less. Then channels are refused: in the order of z, largest first, those
-are kept with which the copy does not collapse. Half after half is tried with what is kept so far; a single channel with
-which it collapses is left. At most `MOST_TRIALS` copies are run for that; channels that are not reached are left too.
+so that it collapses where it gives one class only, or nearly, and the original clearly more. Of an original that gives
+nearly all of them one class itself nothing can be said. Then channels are refused: in the order of z, largest first,
+those are kept with which the copy does not collapse. Half after half is tried with what is kept so far; a single
+channel with which it collapses is left. At most `MOST_TRIALS` copies are run for that; channels that are not reached
+are left too.
 
 This sees that a model is destroyed, and not what it costs: networks for CIFAR-10 that had fallen to 10 % accuracy still
 gave probes several classes.
@@ -107,8 +108,9 @@ def _judged(selection: Silencing, select: Select, ask: Ask) -> tuple[Silencing, 
     before = ask(None)
     if isinstance(before, str):
         return selection, _unmade(before)
-    if others(before) == 0:
-        return selection, _unmade(f"the input answers all {len(before)} made-up inputs with one class itself")
+    if not _tells(before):
+        words = f"{len(before) - others(before)} of {len(before)} made-up inputs with one class itself"
+        return selection, _unmade(f"the input answers {words}")
     after = ask(selection)
     if isinstance(after, str):
         return selection, _unmade(after)
@@ -136,7 +138,12 @@ def others(answers: Sequence[int]) -> int:
 
 def collapsed(before: Sequence[int], after: Sequence[int]) -> bool:
     """Whether nearly all answers became one, see the module."""
-    return others(before) >= 1 and 10 * others(after) <= others(before)
+    return _tells(before) and 10 * others(after) <= others(before)
+
+
+def _tells(before: Sequence[int]) -> bool:
+    """Whether the original tells enough inputs from the others."""
+    return others(before) > 0 and 20 * others(before) >= len(before)
 
 
 def tolerable(

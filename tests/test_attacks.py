@@ -280,7 +280,7 @@ def test_perturbed_images_stay_near_and_raise_the_loss(channels: int) -> None:
 def test_first_step_follows_the_sign_of_a_difference_quotient(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step, in float32, against the loss two steps apart: where that quotient is clear, its sign is the step's."""
     monkeypatch.setattr("exporters.attacks.cla.STEPS", 1)
-    monkeypatch.setattr("exporters.attacks.cla.autocast", lambda _: nullcontext())
+    monkeypatch.setattr("exporters.attacks.cla.autocast", lambda *_: nullcontext())
     images, labels = np.full((1, 4, 4, 1), 128, np.uint8), np.array([1])
     network = surrogate(1)
     moved = perturbed(network, images, labels, CPU).astype(int) - images

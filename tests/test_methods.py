@@ -348,7 +348,7 @@ def test_mirrored_channels_are_told_and_not_silenced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["clp", "ep", "bnp", "auto"])
 def test_a_report_fits_its_schema_and_the_note_says_the_method(method: str, tmp_path: Path) -> None:
     path = saved(CORRECTED["residual"](), tmp_path)
-    given = {"ep": {"suspected_images": SUSPECTED}, "clp": {}}.get(method, {"images": CLEAN})
+    given = {"ep": {"suspected_images": SUSPECTED, "guard": False}, "clp": {}}.get(method, {"images": CLEAN})
     target, report = sanitized(path, u=1.5, method=method, **given)
     schema = Path(onnx_clp.__file__).parent / "report" / "sanitize-1.schema.json"
     document = json.loads(as_json(report))

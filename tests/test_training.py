@@ -282,7 +282,7 @@ def test_the_published_procedure_and_sanitize_do_the_same(name: str, tmp_path: P
     scale = float(np.abs(expected).max())
     assert float(np.abs(expected - before).max()) > 0.01 * scale  # silencing is seen in the logits
     for form in FORMS:
-        report = onnx_clp.sanitize(tmp_path / form, tmp_path / f"sanitized.{form}", max_share=1.0)
+        report = onnx_clp.sanitize(tmp_path / form, tmp_path / f"sanitized.{form}", max_share=1.0, guard=False)
         by_index = sorted(tuple(sorted(part.channels)) for part in report.silenced)
         assert by_index == sorted(map(tuple, silenced.values()))
         session = onnxruntime.InferenceSession(str(tmp_path / f"sanitized.{form}"), providers=["CPUExecutionProvider"])
@@ -307,7 +307,7 @@ def test_published_and_sanitize_agree_on_acc_and_asr(backdoored: Path, shapes: P
         )
     for form in FORMS:
         copy = tmp_path / form
-        onnx_clp.sanitize(backdoored / form, copy, u, max_share=1.0)
+        onnx_clp.sanitize(backdoored / form, copy, u, max_share=1.0, guard=False)
         figures = onnx_clp.evaluate(copy, shapes, backdoored, providers=["cpu"]).model.figures
         assert figures.asr is not None
         assert 100 * figures.acc.value == pytest.approx(100 * float((clean == labels).mean()), abs=POINTS)
