@@ -29,7 +29,6 @@ from onnx_clp.evaluation.images import LabelledImages, labelled
 
 PLAIN = Way("bound", "none")
 CURVES = (("plain", PLAIN), ("statistics", Way("activity", "statistics")), ("refit", Way("activity", "refit")))
-US = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 BACKDOORED = 90.0
 """ASR in % from which on a network counts as attacked."""
 MOST_ASR, MOST_LOSS, MOST_CLEAN_LOSS, MOST_DIFFERENCE = 5.0, 2.0, 1.0, 0.3
@@ -124,7 +123,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield f"exports alike within {MOST_DIFFERENCE:g} points: {alike} of {len(several)}"
 
 
-def draw(models: Sequence[Model], images: LabelledImages, clean: Images, folder: Path) -> None:
+def draw(models: Sequence[Model], images: LabelledImages, clean: Images, folder: Path, us: Sequence[float]) -> None:
     """One picture a family, of each attacked network a panel: ACC against ASR over u."""
     from matplotlib import pyplot as plt
 
@@ -136,23 +135,29 @@ def draw(models: Sequence[Model], images: LabelledImages, clean: Images, folder:
             1, len(panels), figsize=(3.2 * len(panels), 3.4), sharey=True, squeeze=False, layout="constrained"
         )
         for axis, model in zip(axes[0], panels, strict=True):
-            curves(axis, model, images, clean)
+            curves(axis, model, images, clean, us)
         axes[0][0].set_ylabel("ACC, %")
         axes[0][-1].legend(fontsize=8)
-        figure.suptitle(f"{family}: over u = {US[0]:g} to {US[-1]:g}")
+        figure.suptitle(f"{family}: ACC against ASR over u = {us[0]:g} to {us[-1]:g}")
         figure.savefig(folder / f"{family}.svg")
         plt.close(figure)
         print(f"drawn: {folder / f'{family}.svg'}", flush=True)
 
 
-def curves(axis: Any, model: Model, images: LabelledImages, clean: Images) -> None:  # noqa: ANN401  # matplotlib's
+def curves(
+    axis: Any,  # noqa: ANN401  # matplotlib's
+    model: Model,
+    images: LabelledImages,
+    clean: Images,
+    us: Sequence[float],
+) -> None:
     """The curves of one network."""
     trained = Figures(*measured(model, model.path, images))
     axis.axvspan(0, MOST_ASR, color="#e8f4ec")
     axis.axhline(trained.acc - MOST_LOSS, color="#8c8c8c", linewidth=0.8, linestyle=":")
     axis.plot([trained.asr], [trained.acc], "k*", label="as trained")
     for (label, way), mark in zip(CURVES, "osv", strict=True):
-        found = [sanitized(model, way, u, images, clean)[:2] for u in US]
+        found = [sanitized(model, way, u, images, clean)[:2] for u in us]
         axis.plot([asr for _, asr in found], [acc for acc, _ in found], f"{mark}-", markersize=4, label=label)
         print(f"{model.name}, {label}: {' '.join(f'{acc:.1f}/{asr:.1f}' for acc, asr in found)}", flush=True)
     axis.set(title=model.name.split("-")[0], xlabel="ASR, %", xlim=(-2, 102), ylim=(50, 95))
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=3000, help="test images (%(default)s)")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
     parser.add_argument("--curves", type=Path, help="draw a picture a family into this folder, in place of the table")
+    parser.add_argument("--us", default="2,2.5,3,3.5,4,5", help="values of u of the curves (%(default)s)")
     options = parser.parse_args()
     train, test_x, test_y = (
         np.load(options.images / f"{name}.npy", mmap_mode="r") for name in ("train_x", "test_x", "test_y")
@@ -191,7 +197,7 @@ def main() -> None:
     models = [*(zoo(options.zoo) if options.zoo else ()), *(runs(options.runs) if options.runs else ())]
     models = [model for model in models if options.only in model.name]
     if options.curves is not None:
-        draw(models, images, clean, options.curves)
+        draw(models, images, clean, options.curves, [float(u) for u in options.us.split(",")])
         return
     print(f"{options.count} images for the repair, {len(images.labels):,} to measure; ACC / ASR in %", flush=True)
     rows = []
