@@ -135,7 +135,7 @@ class Gains:
 
     def _chosen(self, node: Node, constant: int) -> tuple[int, ...]:
         """What a Where gives channels of, if ``constant`` decides which: a mask that hides some is no gain."""
-        condition, *branches = node.inputs
+        condition, *branches = (node.input(position) for position in range(3))  # a broken one may have fewer
         if constant != condition:
             return (condition,)
         return (branches[0],) if all(value in self._ways for value in branches) else ()
