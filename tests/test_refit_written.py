@@ -377,7 +377,7 @@ def test_a_kernel_that_the_positions_of_the_images_do_not_tell_is_kept(copies: i
             positions = (1 + copies) * made.size // made.shape[1]
             unknowns = int(np.prod(kernels[node.input[1]][1:]))
             if positions < 4 * unknowns:
-                few[node.name] = f"{unknowns:,} numbers a channel are not told by {positions:,} positions of the images"
+                few[node.name] = f"{unknowns:,} numbers a channel, too many for {positions:,} positions in the images"
     assert bool(few) is (copies == 0)
     assert kept(report) == few
     assert len(fitted(report)) == 7 - len(few)

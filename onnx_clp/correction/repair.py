@@ -89,7 +89,7 @@ class Repairs:
         counted = [[*values_of][: self.counted] for values_of in (inputs, before[1])]
         positions, unknowns = sum(t.size // t.shape[1] for t in counted[1]), part.kernel[0].size
         if positions < LEAST_POSITIONS * unknowns:
-            self.kept[index] = f"{unknowns:,} numbers a channel are not told by {positions:,} positions of the images"
+            self.kept[index] = f"{unknowns:,} numbers a channel, too many for {positions:,} positions in the images"
             return False
         found = refitted(counted[0], counted[1], part.where, part.kernel, self.wanted.ridge)
         if found is None:
